@@ -1,0 +1,290 @@
+"""The Keras side of every optimizer: arguments, slots, config, loading."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_blockwise.blocking import Blocking
+from keras_blockwise.blocking import Tile
+from keras_blockwise.execution import FusedOptimizer
+from keras_blockwise.partition import Partition
+from keras_blockwise.state import Group
+from keras_blockwise.state import State
+from keras_blockwise.step import Rule
+from keras_blockwise.step import block_step
+
+Tensor = Any
+Variable = Any
+
+REMEDY = (
+    "Nothing was loaded. Compile the model with the optimizer and the blocking "
+    "that were saved, or load the weights without the optimizer."
+)
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+
+
+class BlockwiseOptimizer(FusedOptimizer):
+    """Base class of the optimizers with one adaptive step size per block.
+
+    A subclass says in `rule` how the step is made, and has no arithmetic.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use.
+        blocking: A scheme, a tuple or a `Blocking`; see `Blocking`.
+        momentum_dtype: The dtype of the momentum. Defaults to that of the
+            variable.
+        jit_compile: Boolean or `"auto"`. Whether to compile the update with
+            XLA. `"auto"` does so wherever the device can.
+        **kwargs: As in `keras.optimizers.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        *,
+        blocking: str | Tile | Blocking,
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        check_choice("jit_compile", jit_compile, (True, False, "auto"))
+        check_choice("momentum_dtype", momentum_dtype, (None, *FLOATS))
+        super().__init__(
+            check_learning_rate(learning_rate), jit_compile, **kwargs
+        )
+        if not isinstance(blocking, Blocking):
+            blocking = Blocking(blocking)
+        self.blocking = blocking
+        self.momentum_dtype = momentum_dtype
+        self._state: State | None = None
+
+    def rule(self) -> Rule:
+        """How the step is made from the arguments of the constructor."""
+        raise NotImplementedError
+
+    @property
+    def partitions(self) -> tuple[Partition | None, ...]:
+        """The blocks of each variable, in the order given to `build`.
+
+        `None` stands for a variable that has no update, such as the scales of
+        a float8 layer.
+        """
+        state = self._built_state
+        return tuple(state.partitions.get(i) for i in range(len(state.weights)))
+
+    def build(self, variables: Sequence[Variable]) -> None:
+        """Chooses the blocks and creates the state of the optimizer.
+
+        Args:
+            variables: The trainable variables.
+
+        Raises:
+            ValueError: If the blocking does not fit the variables.
+        """
+        if self.built:
+            return
+        updated = [v for v in variables if not self.has_no_update(v)]
+        resolved = dict(zip(map(id, updated), self.blocking.resolve(updated)))
+        super().build(variables)
+        self._num_base_variables = len(self.variables)
+        self._state = State(
+            self.rule(),
+            variables,
+            [resolved.get(id(variable)) for variable in variables],
+            self.momentum_dtype,
+            self.add_slot,
+        )
+
+    def variables_of(self, indices: Sequence[int]) -> list[Group]:
+        return self._built_state.groups(indices)
+
+    def update_all(
+        self,
+        groups: list[Group],
+        gradients: Sequence[Tensor],
+        learning_rate: Tensor,
+        iterations: Tensor,
+    ) -> None:
+        rule = self._built_state.rule
+        for group in groups:
+            positions, partitions, weights, moments, statistics = group
+            # Float32 or wider: in bfloat16, a beta_2 of 0.999 is 1.
+            dtype = keras.backend.standardize_dtype(
+                statistics["velocity"].dtype
+            )
+            directions, new_moments, new_statistics = block_step(
+                rule,
+                ops.cast(iterations, dtype) + 1,
+                ops.cast(learning_rate, dtype),
+                [ops.cast(gradients[p], dtype) for p in positions],
+                [m if m is None else ops.cast(m, dtype) for m in moments],
+                {name: ops.cast(v, dtype) for name, v in statistics.items()},
+                partitions,
+            )
+            for name, value in new_statistics.items():
+                self.assign(statistics[name], value)
+            for w, m, new_m, direction in zip(
+                weights, moments, new_moments, directions
+            ):
+                if m is not None:
+                    self.assign(m, new_m)
+                self.assign(w, ops.cast(w, dtype) - direction)
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor and the blocks, as plain data."""
+        blocking = self.blocking
+        if self._state is not None:
+            table = tuple(
+                (self._state.weights[i].name, partition)
+                for i, partition in self._state.partitions.items()
+            )
+            blocking = dataclasses.replace(blocking, table=table)
+        return {
+            **super().get_config(),
+            "blocking": blocking.get_config(),
+            "jit_compile": self.jit_compile,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Any = None
+    ) -> "BlockwiseOptimizer":
+        config = dict(config)
+        if isinstance(config.get("blocking"), Mapping):
+            config["blocking"] = Blocking.from_config(config["blocking"])
+        optimizer: BlockwiseOptimizer
+        optimizer = super().from_config(config, custom_objects)
+        return optimizer
+
+    def save_own_variables(self, store: Any) -> None:
+        super().save_own_variables(store)
+        # Keras saves by position alone; names make a mix-up detectable.
+        names = json.dumps([type(self).__name__, *self._slot_names()])
+        store["names"] = np.frombuffer(names.encode(), np.uint8)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads a saved state, once all of it is known to fit.
+
+        Raises:
+            ValueError: If the state is that of another optimizer, another
+                blocking or other variables. Nothing has been loaded then.
+        """
+        saved = {key: store[key] for key in store.keys()}
+        names = saved.pop("names", None)
+        if not self.built or not saved:
+            super().load_own_variables(saved)  # Warns if it has to skip some.
+            return
+        own_name = type(self).__name__
+        name, *slots = ["another optimizer"] if names is None else decode(names)
+        if name != own_name:
+            raise ValueError(
+                f"The saved state must be one of {own_name}. Received: the "
+                f"state of {name}. {REMEDY}"
+            )
+        variables = self.variables
+        if len(slots) == self._num_base_variables:
+            variables = variables[: len(slots)]  # Saved before the first step.
+        expected = [
+            f"{slot} {tuple(variable.shape)}"
+            for slot, variable in zip(self._slot_names(), variables)
+        ]
+        received = [
+            f"{slot} {tuple(saved[str(i)].shape)}"
+            for i, slot in enumerate(slots)
+        ]
+        for i, (ours, theirs) in enumerate(zip(expected, received)):
+            if ours != theirs:
+                raise ValueError(
+                    f"The saved state must have the blocks of this optimizer. "
+                    f"{variables[i].name!r} is {ours}. Received: {theirs}. "
+                    f"{REMEDY}"
+                )
+        if len(expected) != len(received):
+            raise ValueError(
+                f"The saved state must have {len(expected)} variables. "
+                f"Received: {len(received)}. {REMEDY}"
+            )
+        for i, variable in enumerate(variables):
+            variable.assign(saved[str(i)])
+
+    def _slot_names(self) -> list[str]:
+        """Kind of each variable of the optimizer, in saved order."""
+        if self._state is None:
+            return [
+                base_slot_name(variable.name) for variable in self.variables
+            ]
+        base = self.variables[: self._num_base_variables]
+        own = self._state.slot_names
+        return [base_slot_name(variable.name) for variable in base] + own
+
+    @property
+    def _built_state(self) -> State:
+        if self._state is None:
+            raise ValueError(
+                f"{type(self).__name__} has no blocks and no state before it is "
+                "built. Call `optimizer.build(model.trainable_variables)` first."
+            )
+        return self._state
+
+
+def decode(names: Any) -> list[str]:
+    decoded: list[str] = json.loads(bytes(np.asarray(names)))
+    return decoded
+
+
+def base_slot_name(variable_name: str) -> str:
+    """Kind of a variable that Keras's own base class has made."""
+    kinds = ("iteration", "learning_rate", "average", "gradient_accumulator")
+    return next(kind for kind in kinds if variable_name.endswith(kind))
+
+
+def is_number(value: Any) -> bool:
+    kinds = (int, float, np.integer, np.floating)
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def check_learning_rate(learning_rate: Any) -> Any:
+    if callable(learning_rate):  # Also a learning rate schedule.
+        return learning_rate
+    if is_number(learning_rate) and 0 <= learning_rate < math.inf:
+        return float(learning_rate)
+    raise ValueError(
+        "`learning_rate` must be a number >= 0, a `LearningRateSchedule` or a "
+        f"callable. Received: learning_rate={learning_rate!r}."
+    )
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """A hyper-parameter in [0, 1)."""
+    return check_number(name, value, 1.0)
+
+
+def check_non_negative(name: str, value: Any) -> float:
+    return check_number(name, value, math.inf)
+
+
+def check_number(name: str, value: Any, end: float) -> float:
+    if not is_number(value) or not 0 <= value < end:
+        raise ValueError(
+            f"`{name}` must be a number in [0, {end}). Received: "
+            f"{name}={value!r}."
+        )
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    if not any(value is choice or value == choice for choice in choices):
+        raise ValueError(
+            f"`{name}` must be one of {list(choices)}. Received: "
+            f"{name}={value!r}."
+        )
+    return value

@@ -1,0 +1,212 @@
+"""Runs the update: one compiled function for all variables, on each replica.
+
+The only file that knows TensorFlow or a private name of Keras.
+"""
+
+import platform
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+Tensor = Any
+Variable = Any
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+
+class FusedOptimizer(keras.optimizers.Optimizer):
+    """An optimizer that updates all its variables in one function.
+
+    A subclass has `update_all`, and calls `add_slot` in its `build`.
+
+    Args:
+        learning_rate: As in `keras.optimizers.Optimizer`.
+        jit_compile: Boolean or `"auto"`. Whether to compile the update with
+            XLA. `"auto"` does so wherever the device can.
+        **kwargs: As in `keras.optimizers.Optimizer`.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(learning_rate, **kwargs)
+        self.jit_compile = jit_compile
+        self._cache = Cache()
+
+    def update_all(
+        self,
+        variables: Any,
+        gradients: Sequence[Tensor],
+        learning_rate: Tensor,
+        iterations: Tensor,
+    ) -> None:
+        """Updates some variables and the slots that belong to them.
+
+        Args:
+            variables: `variables_of(indices)` as they are on this replica.
+            gradients: One dense tensor per index.
+            learning_rate: Scalar.
+            iterations: Scalar, 0 on the first step.
+        """
+        raise NotImplementedError
+
+    def variables_of(self, indices: Sequence[int]) -> Any:
+        """All that `update_all` reads and writes, as a nest of variables.
+
+        Args:
+            indices: Positions of the variables, in the order of `build`.
+        """
+        raise NotImplementedError
+
+    def add_slot(
+        self,
+        variable: Variable,
+        name: str,
+        shape: Sequence[int],
+        dtype: str,
+        value: float = 0.0,
+    ) -> Variable:
+        """A state variable on the devices of `variable`."""
+        arguments = {
+            "shape": shape,
+            "initializer": keras.initializers.Constant(value),
+            "dtype": dtype,
+            "name": name,
+        }
+        if keras.backend.backend() != "tensorflow":
+            return self.add_variable(**arguments)
+        extended = self._distribution_strategy.extended
+        with extended.colocate_vars_with(native(variable)):
+            return self.add_variable(**arguments)
+
+    def has_no_update(self, variable: Variable) -> bool:
+        """Whether Keras assigns its gradient to the variable, as in float8."""
+        return bool(self._overwrite_variable_with_gradient(variable))
+
+    def apply(
+        self, grads: Sequence[Tensor], trainable_variables: Any = None
+    ) -> None:
+        """Updates the variables; see `keras.optimizers.Optimizer.apply`.
+
+        A sparse gradient means what its dense form means: repeated rows are
+        added up before anything is clipped or squared.
+        """
+        if trainable_variables is None:
+            variables = self._trainable_variables
+        else:
+            variables = trainable_variables = list(trainable_variables)
+        if keras.backend.backend() == "tensorflow":
+            grads = list(grads)
+            for i, (gradient, variable) in enumerate(zip(grads, variables)):
+                grads[i] = densify(gradient, variable)
+        super().apply(grads, trainable_variables)
+
+    def _backend_update_step(
+        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    ) -> None:
+        indices = tuple(
+            self._get_variable_index(v) for v in trainable_variables
+        )
+        if keras.backend.backend() != "tensorflow":
+            self.update_all(
+                self.variables_of(indices),
+                grads,
+                learning_rate,
+                self.iterations,
+            )
+            return
+        grads = [
+            tf.cast(g, v.dtype) for g, v in zip(grads, trainable_variables)
+        ]
+        if self._distribution_strategy.num_replicas_in_sync > 1:
+            pairs = self._all_reduce_sum_gradients(list(zip(grads, indices)))
+            grads = [gradient for gradient, _ in pairs]
+
+        def update_replicas(strategy: Any, *tensors: Any) -> None:
+            if indices not in self._cache.variables:
+                self._cache.variables[indices] = tf.nest.map_structure(
+                    native, self.variables_of(indices)
+                )
+            strategy.extended.update(
+                native(self._trainable_variables[indices[0]]),
+                self._update_replica(indices),
+                args=(self._cache.variables[indices], *tensors),
+                group=False,
+            )
+
+        tf.__internal__.distribute.interim.maybe_merge_call(
+            update_replicas,
+            self._distribution_strategy,
+            grads,
+            tf.convert_to_tensor(learning_rate),
+            tf.convert_to_tensor(self.iterations),
+        )
+
+    def _update_replica(self, indices: tuple[int, ...]) -> Callable[..., None]:
+        """`update_all` on the variables of one replica, compiled."""
+
+        def update(first_variable: Any, variables: Any, *tensors: Any) -> None:
+            if not self._should_compile():
+                self.update_all(variables, *tensors)
+                return
+            key = (indices, id(first_variable))
+            gradients, learning_rate, iterations = tensors
+            if key not in self._cache.functions:
+                self._cache.functions[key] = compile_update(
+                    # The variables are captured: no work for them per step.
+                    lambda *tensors: self.update_all(variables, *tensors),
+                    tensors,
+                )
+            self._cache.functions[key](*gradients, learning_rate, iterations)
+
+        return update
+
+    def _should_compile(self) -> bool:
+        if self.jit_compile != "auto":
+            return bool(self.jit_compile)
+        if isinstance(self._distribution_strategy, tf.distribute.TPUStrategy):
+            return False  # The strategy compiles the whole step.
+        metal = platform.system() == "Darwin" and platform.machine() == "arm64"
+        return not (metal and tf.config.list_physical_devices("GPU"))
+
+
+class Cache:
+    """What the first step made for those after it.
+
+    A plain object, so that neither Keras nor a checkpoint looks inside.
+    """
+
+    def __init__(self) -> None:
+        self.variables: dict[Any, Any] = {}
+        self.functions: dict[Any, Any] = {}
+
+
+def compile_update(update: Callable[..., None], tensors: Any) -> Any:
+    """`update` compiled by XLA, once for all values of its arguments."""
+    specs = tf.nest.map_structure(
+        lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype), tensors
+    )
+    with tf.init_scope():
+        function = tf.function(update, jit_compile=True, autograph=False)
+        return function.get_concrete_function(*specs)
+
+
+def native(variable: Variable) -> Any:
+    """The `tf.Variable` inside a `keras.Variable`."""
+    if isinstance(variable, keras.Variable):
+        return variable.value
+    return variable
+
+
+def densify(gradient: Any, variable: Variable) -> Any:
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    return tf.math.unsorted_segment_sum(
+        gradient.values, gradient.indices, variable.shape[0]
+    )

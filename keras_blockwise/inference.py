@@ -1,0 +1,197 @@
+"""What the axes of a variable may mean, from its path, shape and siblings.
+
+Used where no model is at hand. A name and a shape do not always decide: a
+square kernel without a default layer name may be a Dense or a transposed one.
+`infer` returns every meaning that fits, the likeliest first.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+from typing import NamedTuple
+
+from keras_blockwise.partition import Shape
+from keras_blockwise.schemes import Axes
+
+VECTORS = {"alpha", "beta", "bias", "gamma"}
+
+
+class Weight(NamedTuple):
+    """What a variable tells of itself."""
+
+    path: str
+    shape: Shape
+
+    @classmethod
+    def of(cls, variable: Any) -> "Weight":
+        """Of a `keras.Variable`, or of a `tf.Variable`, which has no path."""
+        path = (
+            getattr(variable, "path", None) or variable.name.partition(":")[0]
+        )
+        return cls(path, tuple(int(n) for n in variable.shape))
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def layer_path(self) -> str:
+        return self.path.rpartition("/")[0]
+
+
+class Meaning(NamedTuple):
+    """What a variable is for.
+
+    Args:
+        layer: Name of the layer that owns it, unique among the layers.
+        axes: Every meaning of its axes that is possible, the likeliest first.
+        sure_of_layer: Whether `layer` is certain.
+    """
+
+    layer: str
+    axes: tuple[Axes, ...]
+    sure_of_layer: bool = True
+
+
+def infer(weights: Sequence[Weight]) -> list[Meaning]:
+    """What each of the variables of an optimizer may be for."""
+    layers: list[str] = []
+    siblings: dict[str, dict[str, Shape]] = {}
+    repeated: dict[str, int] = {}
+    for path, shape in weights:
+        layer_path, _, name = path.rpartition("/")
+        count = repeated.setdefault(layer_path, 0)
+        layer = f"{layer_path}#{count}" if count else layer_path
+        if name in siblings.get(layer, {}):  # Two layers have this path.
+            repeated[layer_path] += 1
+            layer = f"{layer_path}#{count + 1}"
+        layers.append(layer)
+        siblings.setdefault(layer, {})[name] = shape
+    return [
+        Meaning(
+            layer,
+            possible_axes(weight, siblings[layer]),
+            sure_of_layer=repeated[weight.layer_path] == 0,
+        )
+        for weight, layer in zip(weights, layers)
+    ]
+
+
+def possible_axes(
+    weight: Weight, siblings: Mapping[str, Shape]
+) -> tuple[Axes, ...]:
+    """Every meaning of the axes that fits what is known of a variable.
+
+    Args:
+        weight: The variable.
+        siblings: Shape of each variable of its layer, by name.
+
+    Returns:
+        At least one `Axes`, the likeliest first.
+    """
+    name, shape, rank = weight.name, weight.shape, len(weight.shape)
+    layer = re.sub(r"_\d+$", "", weight.layer_path.rpartition("/")[2])
+    if layer == "additive_attention":
+        return (fan_in(rank),)
+    if name == "scale" and layer != "rms_normalization":
+        return vector(rank), fan_in(rank)
+    if name in VECTORS or rank <= 1:
+        return (vector(rank),)
+    if name in KERNELS:
+        return (KERNELS[name](rank),)
+    if name != "kernel":
+        return Axes(), convolution(rank), transposed(rank), vector(rank)
+    if "recurrent_kernel" in siblings:
+        return (convolution(rank),)
+    if layer in LAYERS:
+        return (LAYERS[layer](rank),)
+    likely = projection(layer, rank)
+    likely += [convolution(rank), transposed(rank)]
+    if rank > 2:
+        likely += [depthwise(rank)]
+    likely += every_split(rank)
+    if "bias" not in siblings:
+        return tuple(likely)
+    bias = siblings["bias"]
+    fitting = tuple(axes for axes in likely if bias == bias_shape(axes, shape))
+    return fitting or (Axes(), *likely)
+
+
+def vector(rank: int) -> Axes:
+    """Biases and scales: every entry belongs to a unit of its own."""
+    return Axes(output=tuple(range(rank)))
+
+
+def fan_in(rank: int) -> Axes:
+    """All entries feed one unit, as the scale of AdditiveAttention does."""
+    return Axes(input=tuple(range(rank)))
+
+
+def convolution(rank: int) -> Axes:
+    """`(*window, in, out)`; with an empty window, Dense."""
+    return Axes((rank - 1,), (rank - 2,), tuple(range(rank - 2)))
+
+
+def transposed(rank: int) -> Axes:
+    """`(*window, out, in)`."""
+    return Axes((rank - 2,), (rank - 1,), tuple(range(rank - 2)))
+
+
+def depthwise(rank: int) -> Axes:
+    """`(*window, in, multiplier)`; output unit `in * multiplier + m`."""
+    return Axes((rank - 2, rank - 1), (rank - 2,), tuple(range(rank - 2)))
+
+
+def projection(layer: str, rank: int) -> list[Axes]:
+    """Attention: `(in, heads, head_dim)`, and `(heads, head_dim, out)`."""
+    if rank == 3 and layer in ("query", "key", "value", "gate"):
+        return [Axes(output=(1, 2), input=(0,))]
+    if rank == 3 and layer == "attention_output":
+        return [Axes(output=(2,), input=(0, 1))]
+    return []
+
+
+def every_split(rank: int) -> list[Axes]:
+    """An EinsumDense kernel may have its output units on any axes."""
+    axes = range(rank)
+    return [
+        Axes(output, tuple(axis for axis in axes if axis not in output))
+        for size in range(1, rank)
+        for output in combinations(axes, size)
+    ]
+
+
+def bias_shape(axes: Axes, shape: Shape) -> Shape:
+    """The shape of a bias over the output units of a kernel."""
+    units = tuple(shape[axis] for axis in axes.output)
+    if axes == depthwise(len(shape)):
+        return (math.prod(units),)
+    return units
+
+
+# Names that Keras gives to one kind of variable only.
+KERNELS = {
+    "depthwise_kernel": depthwise,
+    "embeddings": transposed,
+    "imag_kernel": convolution,
+    "pointwise_kernel": convolution,
+    "real_kernel": convolution,
+    "recurrent_kernel": convolution,
+    "reverse_embeddings": convolution,
+}
+
+# Default names of layers.
+LAYERS = {
+    "conv1d": convolution,
+    "conv1d_transpose": transposed,
+    "conv2d": convolution,
+    "conv2d_transpose": transposed,
+    "conv3d": convolution,
+    "conv3d_transpose": transposed,
+    "dense": convolution,
+    "depthwise_conv1d": depthwise,
+    "depthwise_conv2d": depthwise,
+}

@@ -1,0 +1,413 @@
+"""The named optimizers: defaults, documentation, and which rule they are."""
+
+from typing import Any
+
+import keras
+
+from keras_blockwise import accumulators
+from keras_blockwise import momentum as momenta
+from keras_blockwise.base import BlockwiseOptimizer
+from keras_blockwise.base import check_choice
+from keras_blockwise.base import check_fraction
+from keras_blockwise.base import check_non_negative
+from keras_blockwise.blocking import Blocking
+from keras_blockwise.blocking import Tile
+from keras_blockwise.step import Rule
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class BlockAdam(BlockwiseOptimizer):
+    """Adam with one second moment per block instead of one per weight.
+
+    With `s_b` the mean of the squared gradient over block b, and t = 1, 2, ...:
+
+        m <- beta_1 * m + (1 - beta_1) * g                    per weight
+        v <- beta_2 * v + (1 - beta_2) * s_b                  per block
+        w <- w - learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t)
+               * m / (sqrt(v) + epsilon)
+
+    With `blocking="coordinate"` this is `keras.optimizers.Adam`. Larger blocks
+    take smaller steps at the same learning rate: start at about three times
+    the learning rate that suits Adam.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use. Defaults to
+            `0.001`.
+        beta_1: Decay rate of the momentum, in [0, 1). Defaults to `0.9`.
+        beta_2: Decay rate of the second moment, in [0, 1). Defaults to
+            `0.999`.
+        epsilon: Small number that keeps the division finite, added outside
+            the root: "epsilon hat" in Kingma & Ba. Defaults to `1e-7`.
+        amsgrad: Boolean. Whether to divide by the largest second moment so
+            far. Defaults to `False`.
+        blocking: What shares one second moment: the name of a scheme, a tuple
+            or a `keras_blockwise.Blocking`. Defaults to `"output_unit"`.
+        momentum_dtype: Dtype of the momentum, such as `"bfloat16"`. Defaults
+            to `None`, the dtype of the variable. The second moments are
+            float32, or float64 for float64 variables.
+        jit_compile: Boolean or `"auto"`. Whether to compile the update with
+            XLA. Defaults to `"auto"`: wherever the device can.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range.
+
+    Example:
+
+    >>> optimizer = BlockAdam(learning_rate=3e-3)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Zheng & Kwok, 2019](https://arxiv.org/abs/1905.09899) for the blocks
+    - [Kingma & Ba, 2014](https://arxiv.org/abs/1412.6980), before Section 2.1,
+      for the form of the step
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        amsgrad: bool = False,
+        blocking: str | Tile | Blocking = "output_unit",
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            blocking=blocking,
+            momentum_dtype=momentum_dtype,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        self.beta_1 = check_fraction("beta_1", beta_1)
+        self.beta_2 = check_fraction("beta_2", beta_2)
+        self.epsilon = check_non_negative("epsilon", epsilon)
+        self.amsgrad = check_choice("amsgrad", amsgrad, (True, False))
+
+    def rule(self) -> Rule:
+        return Rule(
+            accumulator=accumulators.exponential(self.beta_2),
+            momentum=momenta.ema(self.beta_1),
+            momentum_of_gradient=True,
+            epsilon=self.epsilon,
+            amsgrad=self.amsgrad,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "beta_1": self.beta_1,
+            "beta_2": self.beta_2,
+            "epsilon": self.epsilon,
+            "amsgrad": self.amsgrad,
+            "momentum_dtype": self.momentum_dtype,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class BAGM(BlockwiseOptimizer):
+    """Blockwise adaptive gradient with momentum.
+
+    With `s_b` the mean of the squared gradient over block b, and t = 1, 2, ...:
+
+        v <- beta_2 * v + (1 - beta_2) * s_b                  per block
+        p = learning_rate * sqrt(1 - beta_2^t) * g / (sqrt(v) + epsilon)
+        m <- momentum * m + p                                 per weight
+        w <- w - (momentum * m + p)
+
+    With `accumulator="polynomial"`, `v` is the mean of all `s_b` so far with
+    weights that grow as `t^power`:
+
+        v <- v + (power + 1) / (t + power) * (s_b - v)
+
+    and the root has no correction. With `nesterov=False`, `w <- w - m`.
+
+    The step of a constant gradient grows to `1 / (1 - momentum)` times
+    `learning_rate`: the learning rate is on the scale of SGD with momentum on
+    normalised gradients, not on Adam's. 1e-3 to 3e-3 is a good start.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use. Defaults to
+            `0.001`.
+        momentum: Decay rate of the momentum, in [0, 1); at 0 there is no
+            momentum and no state for it. Defaults to `0.9`.
+        nesterov: Boolean. Whether to apply Nesterov's momentum rather than
+            heavy-ball momentum. Defaults to `True`.
+        accumulator: `"exponential"` or `"polynomial"`. Defaults to
+            `"exponential"`.
+        beta_2: Decay rate of the exponential accumulator, in [0, 1). Defaults
+            to `0.999`.
+        power: Power of the polynomial accumulator, >= 0; 0 is the plain mean.
+            Defaults to `3.0`.
+        epsilon: Small number that keeps the division finite, added outside
+            the root. Defaults to `1e-7`.
+        blocking: What shares one second moment: the name of a scheme, a tuple
+            or a `keras_blockwise.Blocking`. Defaults to `"output_unit"`.
+        momentum_dtype: Dtype of the momentum, such as `"bfloat16"`. Defaults
+            to `None`, the dtype of the variable. The second moments are
+            float32, or float64 for float64 variables.
+        jit_compile: Boolean or `"auto"`. Whether to compile the update with
+            XLA. Defaults to `"auto"`: wherever the device can.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range.
+
+    Example:
+
+    >>> optimizer = BAGM(learning_rate=1e-3, blocking="layer")
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Zheng & Kwok, 2019](https://arxiv.org/abs/1905.09899) for the idea; the
+      recurrences are those of the public MXNet implementation of the paper
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        momentum: float = 0.9,
+        nesterov: bool = True,
+        accumulator: str = "exponential",
+        beta_2: float = 0.999,
+        power: float = 3.0,
+        epsilon: float = 1e-7,
+        blocking: str | Tile | Blocking = "output_unit",
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            blocking=blocking,
+            momentum_dtype=momentum_dtype,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        self.momentum = check_fraction("momentum", momentum)
+        self.nesterov = check_choice("nesterov", nesterov, (True, False))
+        self.accumulator = check_choice(
+            "accumulator", accumulator, ("exponential", "polynomial")
+        )
+        self.beta_2 = check_fraction("beta_2", beta_2)
+        self.power = check_non_negative("power", power)
+        self.epsilon = check_non_negative("epsilon", epsilon)
+
+    def rule(self) -> Rule:
+        if self.accumulator == "exponential":
+            accumulator = accumulators.exponential(self.beta_2)
+        else:
+            accumulator = accumulators.polynomial(self.power)
+        if not self.momentum:
+            momentum = momenta.none()
+        elif self.nesterov:
+            momentum = momenta.nesterov(self.momentum)
+        else:
+            momentum = momenta.heavy_ball(self.momentum)
+        return Rule(
+            accumulator=accumulator,
+            momentum=momentum,
+            momentum_of_gradient=False,
+            epsilon=self.epsilon,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "accumulator": self.accumulator,
+            "beta_2": self.beta_2,
+            "power": self.power,
+            "epsilon": self.epsilon,
+            "momentum_dtype": self.momentum_dtype,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class BAG(BlockwiseOptimizer):
+    """Blockwise adaptive gradient: Adagrad with one accumulator per block.
+
+    With `s_b` the mean of the squared gradient over block b:
+
+        v <- v + s_b                                          per block
+        w <- w - learning_rate * g / sqrt(v + epsilon)
+
+    With `blocking="coordinate"` this is `keras.optimizers.Adagrad`. The state
+    is one number per block: no momentum.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use. Defaults to
+            `0.001`.
+        initial_accumulator_value: Value of `v` before the first step, >= 0.
+            Defaults to `0.1`.
+        epsilon: Small number that keeps the division finite, added inside the
+            root. Defaults to `1e-7`.
+        blocking: What shares one accumulator: the name of a scheme, a tuple
+            or a `keras_blockwise.Blocking`. Defaults to `"output_unit"`.
+        jit_compile: Boolean or `"auto"`. Whether to compile the update with
+            XLA. Defaults to `"auto"`: wherever the device can.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range.
+
+    Example:
+
+    >>> optimizer = BAG(learning_rate=0.01)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Zheng & Kwok, 2019](https://arxiv.org/abs/1905.09899)
+    - [Duchi et al., 2011](https://jmlr.org/papers/v12/duchi11a.html)
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        initial_accumulator_value: float = 0.1,
+        epsilon: float = 1e-7,
+        blocking: str | Tile | Blocking = "output_unit",
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate, blocking=blocking, jit_compile=jit_compile, **kwargs
+        )
+        self.initial_accumulator_value = check_non_negative(
+            "initial_accumulator_value", initial_accumulator_value
+        )
+        self.epsilon = check_non_negative("epsilon", epsilon)
+
+    def rule(self) -> Rule:
+        return Rule(
+            accumulator=accumulators.cumulative(),
+            momentum=momenta.none(),
+            momentum_of_gradient=False,
+            epsilon=self.epsilon,
+            epsilon_in_root=True,
+            initial_velocity=self.initial_accumulator_value,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "initial_accumulator_value": self.initial_accumulator_value,
+            "epsilon": self.epsilon,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class BlockRMSprop(BlockwiseOptimizer):
+    """RMSprop with one mean of squared gradients per block.
+
+    With `s_b` the mean of the squared gradient over block b:
+
+        v <- rho * v + (1 - rho) * s_b                        per block
+        p = learning_rate * g / sqrt(v + epsilon)
+        m <- momentum * m + p                                 per weight
+        w <- w - m
+
+    With `centered=True`, `v - a^2` takes the place of `v` in the root, where
+    `a` is the same average of the block mean of g. With
+    `blocking="coordinate"` this is `keras.optimizers.RMSprop`.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use. Defaults to
+            `0.001`.
+        rho: Decay rate of the averages, in [0, 1). Defaults to `0.9`.
+        momentum: Decay rate of the momentum, in [0, 1); at 0 there is no
+            momentum and no state for it. Defaults to `0.0`.
+        epsilon: Small number that keeps the division finite, added inside the
+            root. Defaults to `1e-7`.
+        centered: Boolean. Whether to divide by the deviation of the gradient
+            from its mean rather than from zero. Defaults to `False`.
+        blocking: What shares one average: the name of a scheme, a tuple or a
+            `keras_blockwise.Blocking`. Defaults to `"output_unit"`.
+        momentum_dtype: Dtype of the momentum, such as `"bfloat16"`. Defaults
+            to `None`, the dtype of the variable. The averages are float32, or
+            float64 for float64 variables.
+        jit_compile: Boolean or `"auto"`. Whether to compile the update with
+            XLA. Defaults to `"auto"`: wherever the device can.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range.
+
+    Example:
+
+    >>> optimizer = BlockRMSprop(learning_rate=1e-3, momentum=0.9)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Zheng & Kwok, 2019](https://arxiv.org/abs/1905.09899) for the blocks
+    - [Graves, 2013](https://arxiv.org/abs/1308.0850), eqs. 38 to 45, for the
+      centered form
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        rho: float = 0.9,
+        momentum: float = 0.0,
+        epsilon: float = 1e-7,
+        centered: bool = False,
+        blocking: str | Tile | Blocking = "output_unit",
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            blocking=blocking,
+            momentum_dtype=momentum_dtype,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        self.rho = check_fraction("rho", rho)
+        self.momentum = check_fraction("momentum", momentum)
+        self.epsilon = check_non_negative("epsilon", epsilon)
+        self.centered = check_choice("centered", centered, (True, False))
+
+    def rule(self) -> Rule:
+        if self.momentum:
+            momentum = momenta.heavy_ball(self.momentum)
+        else:
+            momentum = momenta.none()
+        return Rule(
+            accumulator=accumulators.uncorrected_exponential(self.rho),
+            momentum=momentum,
+            momentum_of_gradient=False,
+            epsilon=self.epsilon,
+            epsilon_in_root=True,
+            centered=self.centered,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "rho": self.rho,
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
+            "centered": self.centered,
+            "momentum_dtype": self.momentum_dtype,
+        }

@@ -1,0 +1,104 @@
+"""Blocks as data: a variable cut into equal rectangular tiles.
+
+Shapes in, shapes out: nothing here knows layers, names or tensors.
+"""
+
+import math
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A variable of `shape` cut into tiles of `block_shape`.
+
+    Args:
+        shape: Shape of the variable.
+        block_shape: Shape of one block; each entry divides the entry of
+            `shape` on the same axis.
+        group: Name of an accumulator that several variables share, or `None`.
+            A member of a group is one block: `block_shape == shape`.
+
+    Raises:
+        ValueError: If the ranks differ, a block size does not divide its axis,
+            or a member of a group is cut.
+
+    Example:
+
+    >>> partition = Partition((6, 4), (3, 1))
+    >>> partition.grid, partition.num_blocks, partition.block_size
+    ((2, 4), 8, 3)
+    """
+
+    shape: Shape
+    block_shape: Shape
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.block_shape) != len(self.shape):
+            raise ValueError(
+                f"`block_shape` must have one entry per axis of the shape "
+                f"{self.shape}. Received: block_shape={self.block_shape}."
+            )
+        for axis, (size, tile) in enumerate(zip(self.shape, self.block_shape)):
+            if tile < 1 or size % tile:
+                raise ValueError(
+                    f"axis {axis} has size {size}, which {tile} does not "
+                    f"divide. Received: block_shape={self.block_shape} for a "
+                    f"variable of shape {self.shape}."
+                )
+        if self.group is not None and self.num_blocks > 1:
+            raise ValueError(
+                "A variable that shares the accumulator of a `group` must be "
+                f"one block of shape {self.shape}. Received: "
+                f"block_shape={self.block_shape}, group={self.group!r}."
+            )
+
+    @property
+    def grid(self) -> Shape:
+        """Number of blocks along each axis."""
+        return tuple(n // tile for n, tile in zip(self.shape, self.block_shape))
+
+    @property
+    def num_blocks(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def block_size(self) -> int:
+        """Number of coordinates in one block."""
+        return math.prod(self.block_shape)
+
+    @property
+    def accumulator_shape(self) -> Shape:
+        """`grid`, or `()` where a group shares one number."""
+        return self.grid if self.group is None else ()
+
+    @property
+    def view_shape(self) -> Shape:
+        """The smallest reshape in which every axis lies in or across blocks."""
+        return tuple(extent for extent, _ in self._factors())
+
+    @property
+    def view_grid(self) -> Shape:
+        """The grid, broadcastable to `view_shape`."""
+        return tuple(1 if inside else n for n, inside in self._factors())
+
+    @property
+    def view_axes(self) -> Shape:
+        """The axes of `view_shape` that lie inside a block."""
+        return tuple(
+            i for i, (_, inside) in enumerate(self._factors()) if inside
+        )
+
+    def _factors(self) -> list[tuple[int, bool]]:
+        """Extents of the variable, each inside or across blocks, in order."""
+        factors: list[tuple[int, bool]] = []
+        for n, tile in zip(self.grid, self.block_shape):
+            for extent, inside in ((n, False), (tile, True)):
+                if extent == 1:
+                    continue
+                if factors and factors[-1][1] == inside:
+                    extent *= factors.pop()[0]
+                factors.append((extent, inside))
+        return factors

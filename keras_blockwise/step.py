@@ -1,0 +1,132 @@
+"""THE STEP: the whole mathematics of every optimizer of this package.
+
+For the variables that share one accumulator, with gradients `g`, step
+`t = 1, 2, ...` and `mean_b` the mean over a block:
+
+    s = mean_b(g^2)
+    v <- decay * v + weight * s                       accumulator(t)
+    scale = learning_rate * sqrt(correction) / root(v)
+    m, direction = momentum(m, scale * g)             momentum of the scaled g
+    m, x = momentum(m, g); direction = scale * x      or of g itself
+    w <- w - direction
+
+with `root(v) = sqrt(v) + epsilon`, or `sqrt(v + epsilon)`. With `amsgrad`, `v`
+in the root is the largest so far (arXiv:1904.09237); with `centered` it is
+`v - a^2` for the accumulated block mean `a` of g (arXiv:1308.0850, eq. 39).
+
+Blockwise adaptivity: Zheng & Kwok 2019, arXiv:1905.09899.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+from keras_blockwise.accumulators import Accumulator
+from keras_blockwise.momentum import Momentum
+from keras_blockwise.partition import Partition
+
+Tensor = Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The choices that make the step one optimizer or another."""
+
+    accumulator: Accumulator
+    momentum: Momentum
+    momentum_of_gradient: bool
+    epsilon: float
+    epsilon_in_root: bool = False
+    amsgrad: bool = False
+    centered: bool = False
+    initial_velocity: float = 0.0
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """Initial value of each block statistic, in the order it is saved."""
+        statistics = {"velocity": self.initial_velocity}
+        if self.amsgrad:
+            statistics["velocity_hat"] = 0.0
+        if self.centered:
+            statistics["average_gradient"] = 0.0
+        return statistics
+
+
+def block_mean(xs: Sequence[Tensor], partitions: Sequence[Partition]) -> Tensor:
+    """Mean over each block; variables that share blocks count by their size."""
+    total = sum(block_sum(x, p) for x, p in zip(xs, partitions))
+    return total / sum(p.block_size for p in partitions)
+
+
+def block_sum(x: Tensor, p: Partition) -> Tensor:
+    """Sum over each block, of shape `accumulator_shape`."""
+    x = ops.reshape(x, p.view_shape)
+    if p.view_axes:  # An empty tuple means every axis on some backends.
+        x = ops.sum(x, axis=p.view_axes)
+    return ops.reshape(x, p.accumulator_shape)
+
+
+def scale_blocks(scale: Tensor, x: Tensor, p: Partition) -> Tensor:
+    """`x` with each of its blocks multiplied by its entry of `scale`."""
+    x = ops.reshape(x, p.view_shape) * ops.reshape(scale, p.view_grid)
+    return ops.reshape(x, p.shape)
+
+
+def block_step(
+    rule: Rule,
+    t: Tensor,
+    learning_rate: Tensor,
+    gradients: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    statistics: dict[str, Tensor],
+    partitions: Sequence[Partition],
+) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """One step of all variables that share one accumulator.
+
+    Args:
+        rule: The optimizer.
+        t: Scalar, 1 on the first step.
+        learning_rate: Scalar.
+        gradients: One tensor per variable.
+        moments: The momentum of each variable; anything if the rule has none.
+        statistics: `rule.statistics`, each of shape `accumulator_shape`.
+        partitions: The blocks of each variable.
+
+    All tensors have one floating-point dtype.
+
+    Returns:
+        What to subtract from each variable, the new `moments` and the new
+        `statistics`.
+    """
+    decay, weight, correction = rule.accumulator(t)
+    squares = [ops.square(g) for g in gradients]
+    v = decay * statistics["velocity"] + weight * block_mean(
+        squares, partitions
+    )
+    new_statistics = {"velocity": v}
+    if rule.amsgrad:
+        v = ops.maximum(statistics["velocity_hat"], v)
+        new_statistics["velocity_hat"] = v
+    if rule.centered:
+        a = decay * statistics["average_gradient"]
+        a = a + weight * block_mean(gradients, partitions)
+        new_statistics["average_gradient"] = a
+        v = v - ops.square(a)
+    if rule.epsilon_in_root:
+        root = ops.sqrt(v + rule.epsilon)
+    else:
+        root = ops.sqrt(v) + rule.epsilon
+    scale = learning_rate * correction**0.5 / root
+
+    directions, new_moments = [], []
+    for g, m, p in zip(gradients, moments, partitions):
+        if rule.momentum_of_gradient:
+            m, x = rule.momentum.update(m, g, t)
+            direction = scale_blocks(scale, x, p)
+        else:
+            m, direction = rule.momentum.update(m, scale_blocks(scale, g, p), t)
+        directions.append(direction)
+        new_moments.append(m)
+    return directions, new_moments, new_statistics
