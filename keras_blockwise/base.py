@@ -11,12 +11,17 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_blockwise.axes import Weight
 from keras_blockwise.blocking import Blocking
+from keras_blockwise.blocking import Row
 from keras_blockwise.blocking import Tile
 from keras_blockwise.execution import FusedOptimizer
 from keras_blockwise.partition import Partition
+from keras_blockwise.state import ITEM_SIZES
 from keras_blockwise.state import Group
+from keras_blockwise.state import Slot
 from keras_blockwise.state import State
+from keras_blockwise.state import plan_slots
 from keras_blockwise.step import Rule
 from keras_blockwise.step import block_step
 
@@ -27,7 +32,6 @@ REMEDY = (
     "Nothing was loaded. Compile the model with the optimizer and the blocking "
     "that were saved, or load the weights without the optimizer."
 )
-FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 class BlockwiseOptimizer(FusedOptimizer):
@@ -57,7 +61,7 @@ class BlockwiseOptimizer(FusedOptimizer):
         **kwargs: Any,
     ) -> None:
         check_choice("jit_compile", jit_compile, (True, False, "auto"))
-        check_choice("momentum_dtype", momentum_dtype, (None, *FLOATS))
+        check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
         super().__init__(
             check_learning_rate(learning_rate), jit_compile, **kwargs
         )
@@ -66,6 +70,10 @@ class BlockwiseOptimizer(FusedOptimizer):
         self.blocking = blocking
         self.momentum_dtype = momentum_dtype
         self._state: State | None = None
+        self._num_base_variables = len(self.variables)
+
+    # Kinds of variables (see `Axes`) that `weight_decay` leaves alone.
+    undecayed_kinds: tuple[str, ...] = ()
 
     def rule(self) -> Rule:
         """How the step is made from the arguments of the constructor."""
@@ -78,8 +86,8 @@ class BlockwiseOptimizer(FusedOptimizer):
         `None` stands for a variable that has no update, such as the scales of
         a float8 layer.
         """
-        state = self._built_state
-        return tuple(state.partitions.get(i) for i in range(len(state.weights)))
+        rows = self._built_state.rows
+        return tuple(row and row.partition for row in rows)
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Chooses the blocks and creates the state of the optimizer.
@@ -92,17 +100,57 @@ class BlockwiseOptimizer(FusedOptimizer):
         """
         if self.built:
             return
-        updated = [v for v in variables if not self.has_no_update(v)]
-        resolved = dict(zip(map(id, updated), self.blocking.resolve(updated)))
+        rows, slots = self.plan(variables)
         super().build(variables)
         self._num_base_variables = len(self.variables)
-        self._state = State(
+        slot_variables = [
+            self.add_slot(variables[s.index], s.name, s.shape, s.dtype, s.value)
+            for s in slots
+        ]
+        self._state = State(self.rule(), variables, rows, slots, slot_variables)
+        self.undecayed = {
+            i
+            for i, row in enumerate(rows)
+            if row and row.kind in self.undecayed_kinds
+        }
+
+    def plan(
+        self, variables: Sequence[Variable]
+    ) -> tuple[list[Row | None], list[Slot]]:
+        """What `build` would do: the blocks and state variables it needs.
+
+        Args:
+            variables: The trainable variables.
+
+        Returns:
+            What the blocking says of each variable, `None` for one without an
+            update, and the state variables in saved order.
+        """
+        updated = [v for v in variables if not self.has_no_update(v)]
+        resolved = iter(self.blocking.resolve(updated))
+        rows = [
+            None if self.has_no_update(v) else next(resolved) for v in variables
+        ]
+        slots = plan_slots(
             self.rule(),
-            variables,
-            [resolved.get(id(variable)) for variable in variables],
+            [keras.backend.standardize_dtype(v.dtype) for v in variables],
+            [row and row.partition for row in rows],
             self.momentum_dtype,
-            self.add_slot,
         )
+        return rows, slots
+
+    def planned(
+        self, variables: Sequence[Variable] | None
+    ) -> tuple[Sequence[Variable], Sequence[Row | None], Sequence[Slot]]:
+        """Variables, rows and slots as built, or as they would be built.
+
+        Args:
+            variables: The trainable variables; may be `None` if built.
+        """
+        if self._state is None and variables is not None:
+            return variables, *self.plan(variables)
+        state = self._built_state
+        return state.variables, state.rows, state.slots
 
     def variables_of(self, indices: Sequence[int]) -> list[Group]:
         return self._built_state.groups(indices)
@@ -143,10 +191,7 @@ class BlockwiseOptimizer(FusedOptimizer):
         """The arguments of the constructor and the blocks, as plain data."""
         blocking = self.blocking
         if self._state is not None:
-            table = tuple(
-                (self._state.weights[i].name, partition)
-                for i, partition in self._state.partitions.items()
-            )
+            table = tuple(row for row in self._state.rows if row)
             blocking = dataclasses.replace(blocking, table=table)
         return {
             **super().get_config(),
@@ -168,7 +213,7 @@ class BlockwiseOptimizer(FusedOptimizer):
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         # Keras saves by position alone; names make a mix-up detectable.
-        names = json.dumps([type(self).__name__, *self._slot_names()])
+        names = json.dumps([type(self).__name__, *self._saved_names()])
         store["names"] = np.frombuffer(names.encode(), np.uint8)
 
     def load_own_variables(self, store: Any) -> None:
@@ -195,7 +240,7 @@ class BlockwiseOptimizer(FusedOptimizer):
             variables = variables[: len(slots)]  # Saved before the first step.
         expected = [
             f"{slot} {tuple(variable.shape)}"
-            for slot, variable in zip(self._slot_names(), variables)
+            for slot, variable in zip(self._saved_names(), variables)
         ]
         received = [
             f"{slot} {tuple(saved[str(i)].shape)}"
@@ -216,22 +261,24 @@ class BlockwiseOptimizer(FusedOptimizer):
         for i, variable in enumerate(variables):
             variable.assign(saved[str(i)])
 
-    def _slot_names(self) -> list[str]:
+    def _saved_names(self) -> list[str]:
         """Kind of each variable of the optimizer, in saved order."""
-        if self._state is None:
-            return [
-                base_slot_name(variable.name) for variable in self.variables
-            ]
-        base = self.variables[: self._num_base_variables]
-        own = self._state.slot_names
-        return [base_slot_name(variable.name) for variable in base] + own
+        names = [
+            base_slot_name(variable.name)
+            for variable in self.variables[: self._num_base_variables]
+        ]
+        if self._state is not None:
+            for slot in self._state.slots:
+                variable = self._state.variables[slot.index]
+                names.append(f"{Weight.of(variable).name}/{slot.name}")
+        return names
 
     @property
     def _built_state(self) -> State:
         if self._state is None:
             raise ValueError(
-                f"{type(self).__name__} has no blocks and no state before it is "
-                "built. Call `optimizer.build(model.trainable_variables)` first."
+                f"{type(self).__name__} must be built before it has blocks. "
+                "Call `optimizer.build(model.trainable_variables)` first."
             )
         return self._state
 

@@ -1,23 +1,71 @@
 """Which blocks every variable gets: a scheme, rules for exceptions, a table."""
 
+import dataclasses
 import re
 import warnings
+import weakref
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
+from typing import NamedTuple
 
-from keras_blockwise.inference import Meaning
-from keras_blockwise.inference import Weight
+import keras
+
+from keras_blockwise.axes import Meaning
+from keras_blockwise.axes import Weight
 from keras_blockwise.inference import infer
+from keras_blockwise.layer_axes import meanings_in
 from keras_blockwise.partition import Partition
+from keras_blockwise.partition import Shape
 from keras_blockwise.schemes import GROUPS
 from keras_blockwise.schemes import SCHEMES
 
 Tile = tuple[int | None, ...]
-# Name and blocks of every variable of an optimizer, in order.
-Table = tuple[tuple[str, Partition], ...]
+
+
+class Row(NamedTuple):
+    """The blocks of one variable, and where they come from.
+
+    Args:
+        name: Name of the variable, the last part of its path.
+        layer: Path of the layer that owns it.
+        kind: What the variable is; see `Axes`.
+        source: The scheme, tuple or rule that made the blocks.
+        partition: The blocks.
+    """
+
+    name: str
+    layer: str
+    kind: str
+    source: str
+    partition: Partition
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "layer": self.layer,
+            "kind": self.kind,
+            "source": self.source,
+            "shape": list(self.partition.shape),
+            "block_shape": list(self.partition.block_shape),
+            "group": self.partition.group,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Row":
+        return cls(
+            config["name"],
+            config["layer"],
+            config["kind"],
+            config["source"],
+            Partition(
+                tuple(config["shape"]),
+                tuple(config["block_shape"]),
+                config["group"],
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -64,7 +112,11 @@ class Blocking:
     scheme: str | Tile = "output_unit"
     rules: Mapping[str, str | Tile] = field(default_factory=dict)
     # The blocks of a saved optimizer, which `from_config` puts here.
-    table: Table | None = field(default=None, repr=False)
+    table: tuple[Row, ...] | None = field(default=None, repr=False)
+    # Whether a model has been asked, so that nothing is to be guessed.
+    exact: bool = field(default=False, repr=False)
+    # Weak: a model that holds itself through its optimizer cannot be loaded.
+    model: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_scheme("`scheme`", self.scheme)
@@ -84,72 +136,149 @@ class Blocking:
                     f"regular expression ({error}). Received: {pattern!r}."
                 ) from error
 
-    def resolve(self, variables: Sequence[Any]) -> tuple[Partition, ...]:
+    @classmethod
+    def from_model(
+        cls,
+        model: keras.Model,
+        scheme: str | Tile = "output_unit",
+        rules: Mapping[str, str | Tile] | None = None,
+    ) -> "Blocking":
+        """Blocks that are exact for every layer of a model.
+
+        What the axes of a weight mean is read off the layer that owns it, when
+        the optimizer is built. The model may be built later, and is not kept
+        alive.
+
+        Args:
+            model: The model to be trained.
+            scheme: As in `Blocking`.
+            rules: As in `Blocking`.
+
+        Returns:
+            A `Blocking`.
+
+        Raises:
+            ValueError, TypeError: As in `Blocking`; if `model` is not a
+                `keras.Model`; if it is built, also if a rule does not fit.
+
+        Example:
+
+        ```python
+        blocking = kb.Blocking.from_model(model, "head")
+        model.compile(optimizer=kb.BlockAdam(3e-3, blocking=blocking))
+        ```
+        """
+        if not isinstance(model, keras.Model):
+            raise TypeError(
+                f"`model` must be a `keras.Model`. Received: model={model!r}."
+            )
+        blocking = cls(
+            scheme, rules or {}, exact=True, model=weakref.ref(model)
+        )
+        if not model.built:
+            return blocking
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `build` will give them.
+            table = blocking.resolve(model.trainable_variables)
+        return dataclasses.replace(blocking, table=table)
+
+    def with_scheme(self, scheme: str) -> "Blocking":
+        """The same with another scheme."""
+        if scheme == self.scheme:
+            return self
+        model = None if self.model is None else self.model()
+        if model is not None:
+            return Blocking.from_model(model, scheme, self.rules)
+        return dataclasses.replace(self, scheme=scheme, table=None)
+
+    def resolve(self, variables: Sequence[Any]) -> tuple[Row, ...]:
         """The blocks of each variable, in order.
 
         Args:
             variables: The trainable variables, with `path` and `shape`.
 
         Returns:
-            One `Partition` per variable.
+            One `Row` per variable.
 
         Raises:
             ValueError: If a rule matches nothing, two rules match one
-                variable, or a tile does not fit its variable.
+                variable, a tile does not fit its variable, or the layers would
+                have to be known and are not.
         """
         weights = [Weight.of(variable) for variable in variables]
+        model = None if self.model is None else self.model()
+        if model is not None:
+            meanings = meanings_in(model)
+            if all(id(variable) in meanings for variable in variables):
+                rows, unknown = self._choose(
+                    weights,
+                    [meanings[id(variable)] for variable in variables],
+                    [v.path for v in model.trainable_variables],
+                )
+                if unknown:
+                    warnings.warn(
+                        UNKNOWN.format(describe(unknown)), stacklevel=2
+                    )
+                return rows
         if self.table is not None:
+            table = find_rows(self.table, weights)
+            if table is not None:
+                return table
             misfit = first_misfit(self.table, weights)
-            if misfit is None:
-                return tuple(partition for _, partition in self.table)
+        else:
+            misfit = ""
+        rows, guesses = self._choose(weights, infer(weights), [])
+        if guesses and self.exact:
+            raise ValueError(STRANGERS.format(describe(guesses)))
+        if misfit:
             warnings.warn(
                 f"The saved blocks do not fit these variables: {misfit}. The "
                 f"blocks are chosen anew by {self!r}, and a saved state of the "
                 "optimizer will not fit them.",
                 stacklevel=2,
             )
-        return self.choose(weights, infer(weights))
+        if guesses:
+            warnings.warn(GUESSES.format(describe(guesses)), stacklevel=2)
+        return rows
 
-    def choose(
-        self, weights: Sequence[Weight], meanings: Sequence[Meaning]
-    ) -> tuple[Partition, ...]:
-        """The blocks of variables by scheme and rules."""
-        partitions = []
-        guesses = []
-        rules = match_rules(self.rules, weights)
+    def _choose(
+        self,
+        weights: Sequence[Weight],
+        meanings: Sequence[Meaning],
+        other_paths: Sequence[str],
+    ) -> tuple[tuple[Row, ...], list[Row]]:
+        """The blocks of variables, and those of them that may be wrong."""
+        rows = []
+        doubtful = []
+        rules = match_rules(self.rules, weights, other_paths)
         for weight, meaning, rule in zip(weights, meanings, rules):
             scheme = self.scheme if rule is None else self.rules[rule]
+            axes = meaning.axes[0]
+            source = str(scheme) if rule is None else f"rule {rule!r}"
+            group = None
             if not isinstance(scheme, str):
-                partitions.append(cut(weight, scheme, rule))
-                continue
-            tiles = [
-                SCHEMES[scheme](weight.shape, axes) for axes in meaning.axes
-            ]
-            group = GROUPS[scheme](meaning.layer) if scheme in GROUPS else None
-            partitions.append(Partition(weight.shape, tiles[0], group))
+                tiles = [tile_of(weight, scheme, source)]
+            else:
+                tiles = [SCHEMES[scheme](weight.shape, a) for a in meaning.axes]
+                if scheme in GROUPS:
+                    group = GROUPS[scheme](meaning.layer)
+            partition = Partition(weight.shape, tiles[0], group)
+            rows.append(
+                Row(weight.name, meaning.layer, axes.kind, source, partition)
+            )
             unsure = scheme == "layer" and not meaning.sure_of_layer
             if unsure or len(set(tiles)) > 1:
-                guesses.append((weight, partitions[-1]))
-        if guesses:
-            warnings.warn(explain(guesses), stacklevel=2)
-        return tuple(partitions)
+                doubtful.append(rows[-1])
+        return tuple(rows), doubtful
 
     def get_config(self) -> dict[str, Any]:
         """Plain JSON data from which `from_config` makes an equal object."""
+        table = self.table
         return {
             "scheme": to_json(self.scheme),
             "rules": {key: to_json(value) for key, value in self.rules.items()},
-            "table": None
-            if self.table is None
-            else [
-                {
-                    "name": name,
-                    "shape": list(partition.shape),
-                    "block_shape": list(partition.block_shape),
-                    "group": partition.group,
-                }
-                for name, partition in self.table
-            ],
+            "table": table and [row.get_config() for row in table],
+            "exact": self.exact,
         }
 
     @classmethod
@@ -158,19 +287,8 @@ class Blocking:
         return cls(
             from_json(config["scheme"]),
             {key: from_json(value) for key, value in config["rules"].items()},
-            None
-            if table is None
-            else tuple(
-                (
-                    row["name"],
-                    Partition(
-                        tuple(row["shape"]),
-                        tuple(row["block_shape"]),
-                        row["group"],
-                    ),
-                )
-                for row in table
-            ),
+            table and tuple(Row.from_config(row) for row in table),
+            config["exact"],
         )
 
 
@@ -191,10 +309,17 @@ def check_scheme(argument: str, scheme: Any) -> None:
 
 
 def match_rules(
-    rules: Mapping[str, Any], weights: Sequence[Weight]
+    rules: Mapping[str, Any],
+    weights: Sequence[Weight],
+    other_paths: Sequence[str],
 ) -> list[str | None]:
     """The key of the rule for each variable: its path, else a pattern."""
-    unused = set(rules)
+    unused = {
+        key
+        for key in rules
+        if key not in other_paths
+        and not any(re.fullmatch(key, path) for path in other_paths)
+    }
     matches: list[str | None] = []
     for weight in weights:
         patterns = [key for key in rules if re.fullmatch(key, weight.path)]
@@ -217,52 +342,87 @@ def match_rules(
     return matches
 
 
-def cut(weight: Weight, tile: Tile, rule: str | None) -> Partition:
-    """Blocks of the shape that a user wrote."""
-    source = "`scheme`" if rule is None else f"Blocking rule {rule!r}"
-    where = f"{source} -> {tile} does not fit variable {weight.path!r}"
+def tile_of(weight: Weight, tile: Tile, source: str) -> Shape:
+    """The shape of a block that a user wrote."""
+    where = f"Blocking {source} -> {tile}, variable {weight.path!r}"
     if len(tile) != len(weight.shape):
         raise ValueError(
-            f"{where}: the tuple has {len(tile)} entries, the shape "
-            f"{weight.shape} has {len(weight.shape)}. Give one entry for each "
-            "axis."
+            f"{where}: the tuple must have one entry for each axis of the "
+            f"shape {weight.shape}. Received: {len(tile)} entries."
         )
     block_shape = tuple(
         max(size, 1) if n is None else n for size, n in zip(weight.shape, tile)
     )
     try:
-        return Partition(weight.shape, block_shape)
+        Partition(weight.shape, block_shape)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    return block_shape
 
 
-def first_misfit(table: Table, weights: Sequence[Weight]) -> str | None:
+def find_rows(
+    table: Sequence[Row], weights: Sequence[Weight]
+) -> tuple[Row, ...] | None:
+    """The rows of the variables: all in order, or the one that fits each."""
+    if first_misfit(table, weights) is None:
+        return tuple(table)
+    found = []
+    for weight in weights:
+        layer = weight.layer_path.rpartition("/")[2]
+        rows = [
+            row
+            for row in table
+            if (row.name, row.partition.shape) == (weight.name, weight.shape)
+            and row.layer.rpartition("/")[2] == layer
+        ]
+        if len(rows) != 1:
+            return None
+        found += rows
+    return tuple(found)
+
+
+def first_misfit(table: Sequence[Row], weights: Sequence[Weight]) -> str | None:
     """Where the variables differ from those that a table was made for."""
-    for i, ((name, partition), weight) in enumerate(zip(table, weights)):
-        if (name, partition.shape) != (weight.name, weight.shape):
+    for i, (row, weight) in enumerate(zip(table, weights)):
+        if (row.name, row.partition.shape) != (weight.name, weight.shape):
             return (
-                f"variable {i} was {name!r} of shape {partition.shape} and is "
-                f"{weight.path!r} of shape {weight.shape}"
+                f"variable {i} was {row.name!r} of shape {row.partition.shape} "
+                f"and is {weight.path!r} of shape {weight.shape}"
             )
     if len(table) != len(weights):
         return f"there were {len(table)} variables and are {len(weights)}"
     return None
 
 
-def explain(guesses: Sequence[tuple[Weight, Partition]]) -> str:
-    shown = [
-        f"\n  {weight.path!r} of shape {weight.shape}: blocks of "
-        f"{partition.block_shape}"
-        + (f", shared as {partition.group!r}" if partition.group else "")
-        for weight, partition in guesses[:10]
-    ]
-    if len(guesses) > len(shown):
-        shown.append(f"\n  and {len(guesses) - len(shown)} more")
-    return (
-        "Names and shapes allow more than one choice of blocks for "
-        f"{len(guesses)} variables. Chosen:{''.join(shown)}\nTo say which is "
-        "right, give these paths a tuple in `Blocking(rules=...)`."
-    )
+def describe(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows[:10]:
+        shared = row.partition.group
+        lines.append(
+            f"\n  '{row.layer}/{row.name}' of shape {row.partition.shape}: "
+            f"blocks of {row.partition.block_shape}"
+            + (f", shared in layer {shared!r}" if shared else "")
+        )
+    if len(rows) > len(lines):
+        lines.append(f"\n  and {len(rows) - len(lines)} more")
+    return "".join(lines)
+
+
+GUESSES = (
+    "Names and shapes allow more than one choice of blocks. Chosen:{}\n"
+    "For exact blocks pass `blocking=Blocking.from_model(model, scheme)`, or "
+    "give these paths a tuple in `Blocking(scheme, rules=...)`."
+)
+UNKNOWN = (
+    "These variables belong to layers whose axes are not known, and are one "
+    "block each:{}\nSay what their axes mean with `register_layer_axes`, or "
+    "give their paths a tuple in the `rules` of `Blocking.from_model`."
+)
+STRANGERS = (
+    "The variables must belong to the model that `Blocking.from_model` was "
+    "given: only its layers can tell the blocks. Received:{}\nPass a "
+    "`Blocking.from_model` of the model that is trained."
+)
 
 
 def to_json(scheme: str | Tile) -> str | list[int | None]:

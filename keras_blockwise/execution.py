@@ -37,6 +37,7 @@ class FusedOptimizer(keras.optimizers.Optimizer):
     ) -> None:
         super().__init__(learning_rate, **kwargs)
         self.jit_compile = jit_compile
+        self.undecayed: set[int] = set()  # Positions `weight_decay` leaves out.
         self._cache = Cache()
 
     def update_all(
@@ -73,11 +74,12 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         value: float = 0.0,
     ) -> Variable:
         """A state variable on the devices of `variable`."""
+        path = getattr(variable, "path", variable.name)
         arguments = {
             "shape": shape,
             "initializer": keras.initializers.Constant(value),
             "dtype": dtype,
-            "name": name,
+            "name": f"{path}_{name}".replace("/", "_").replace(":", "_"),
         }
         if keras.backend.backend() != "tensorflow":
             return self.add_variable(**arguments)
@@ -88,6 +90,11 @@ class FusedOptimizer(keras.optimizers.Optimizer):
     def has_no_update(self, variable: Variable) -> bool:
         """Whether Keras assigns its gradient to the variable, as in float8."""
         return bool(self._overwrite_variable_with_gradient(variable))
+
+    def _use_weight_decay(self, variable: Variable) -> bool:
+        if self._get_variable_index(variable) in self.undecayed:
+            return False
+        return bool(super()._use_weight_decay(variable))
 
     def apply(
         self, grads: Sequence[Tensor], trainable_variables: Any = None

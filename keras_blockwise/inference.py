@@ -9,51 +9,16 @@ import math
 import re
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
-from typing import Any
-from typing import NamedTuple
 
+from keras_blockwise.axes import Axes
+from keras_blockwise.axes import Meaning
+from keras_blockwise.axes import Weight
 from keras_blockwise.partition import Shape
-from keras_blockwise.schemes import Axes
 
-VECTORS = {"alpha", "beta", "bias", "gamma"}
-
-
-class Weight(NamedTuple):
-    """What a variable tells of itself."""
-
-    path: str
-    shape: Shape
-
-    @classmethod
-    def of(cls, variable: Any) -> "Weight":
-        """Of a `keras.Variable`, or of a `tf.Variable`, which has no path."""
-        path = (
-            getattr(variable, "path", None) or variable.name.partition(":")[0]
-        )
-        return cls(path, tuple(int(n) for n in variable.shape))
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition("/")[2]
-
-    @property
-    def layer_path(self) -> str:
-        return self.path.rpartition("/")[0]
-
-
-class Meaning(NamedTuple):
-    """What a variable is for.
-
-    Args:
-        layer: Name of the layer that owns it, unique among the layers.
-        axes: Every meaning of its axes that is possible, the likeliest first.
-        sure_of_layer: Whether `layer` is certain.
-    """
-
-    layer: str
-    axes: tuple[Axes, ...]
-    sure_of_layer: bool = True
+# The kind of the weights that have one entry per unit, by name.
+VECTORS = {"alpha": "vector", "beta": "bias", "bias": "bias", "gamma": "norm"}
 
 
 def infer(weights: Sequence[Weight]) -> list[Meaning]:
@@ -96,16 +61,17 @@ def possible_axes(
     layer = re.sub(r"_\d+$", "", weight.layer_path.rpartition("/")[2])
     if layer == "additive_attention":
         return (fan_in(rank),)
-    if name == "scale" and layer != "rms_normalization":
-        return vector(rank), fan_in(rank)
+    if name == "scale":
+        norm = vector(rank, "norm")
+        return (norm,) if layer == "rms_normalization" else (norm, fan_in(rank))
     if name in VECTORS or rank <= 1:
-        return (vector(rank),)
+        return (vector(rank, VECTORS.get(name, "vector")),)
     if name in KERNELS:
         return (KERNELS[name](rank),)
     if name != "kernel":
         return Axes(), convolution(rank), transposed(rank), vector(rank)
     if "recurrent_kernel" in siblings:
-        return (convolution(rank),)
+        return (recurrent(rank),)
     if layer in LAYERS:
         return (LAYERS[layer](rank),)
     likely = projection(layer, rank)
@@ -120,37 +86,51 @@ def possible_axes(
     return fitting or (Axes(), *likely)
 
 
-def vector(rank: int) -> Axes:
+def vector(rank: int, kind: str = "vector") -> Axes:
     """Biases and scales: every entry belongs to a unit of its own."""
-    return Axes(output=tuple(range(rank)))
+    return Axes(output=tuple(range(rank)), kind=kind)
 
 
 def fan_in(rank: int) -> Axes:
     """All entries feed one unit, as the scale of AdditiveAttention does."""
-    return Axes(input=tuple(range(rank)))
+    return Axes(input=tuple(range(rank)), kind="vector")
 
 
 def convolution(rank: int) -> Axes:
     """`(*window, in, out)`; with an empty window, Dense."""
-    return Axes((rank - 1,), (rank - 2,), tuple(range(rank - 2)))
+    window = tuple(range(rank - 2))
+    kind = "conv" if window else "dense"
+    return Axes((rank - 1,), (rank - 2,), window, kind=kind)
 
 
 def transposed(rank: int) -> Axes:
-    """`(*window, out, in)`."""
-    return Axes((rank - 2,), (rank - 1,), tuple(range(rank - 2)))
+    """`(*window, out, in)`; with an empty window, a reversed EinsumDense."""
+    axes = convolution(rank)
+    return replace(axes, output=axes.input, input=axes.output)
 
 
 def depthwise(rank: int) -> Axes:
     """`(*window, in, multiplier)`; output unit `in * multiplier + m`."""
-    return Axes((rank - 2, rank - 1), (rank - 2,), tuple(range(rank - 2)))
+    return replace(convolution(rank), output=(rank - 2, rank - 1))
+
+
+def recurrent(rank: int) -> Axes:
+    """`(*window, in, gates * units)`."""
+    return replace(convolution(rank), kind="recurrent")
+
+
+def embedding(rank: int) -> Axes:
+    """`(vocabulary, dim)`: a row is a unit."""
+    return replace(transposed(rank), kind="embedding")
 
 
 def projection(layer: str, rank: int) -> list[Axes]:
     """Attention: `(in, heads, head_dim)`, and `(heads, head_dim, out)`."""
     if rank == 3 and layer in ("query", "key", "value", "gate"):
-        return [Axes(output=(1, 2), input=(0,))]
+        kind = "dense" if layer == "gate" else layer
+        return [Axes(output=(1, 2), input=(0,), head=(1,), kind=kind)]
     if rank == 3 and layer == "attention_output":
-        return [Axes(output=(2,), input=(0, 1))]
+        return [Axes(output=(2,), input=(0, 1), kind="dense")]
     return []
 
 
@@ -158,7 +138,7 @@ def every_split(rank: int) -> list[Axes]:
     """An EinsumDense kernel may have its output units on any axes."""
     axes = range(rank)
     return [
-        Axes(output, tuple(axis for axis in axes if axis not in output))
+        Axes(output, tuple(set(axes) - set(output)), kind="dense")
         for size in range(1, rank)
         for output in combinations(axes, size)
     ]
@@ -167,7 +147,7 @@ def every_split(rank: int) -> list[Axes]:
 def bias_shape(axes: Axes, shape: Shape) -> Shape:
     """The shape of a bias over the output units of a kernel."""
     units = tuple(shape[axis] for axis in axes.output)
-    if axes == depthwise(len(shape)):
+    if axes.spatial and len(axes.output) == 2:
         return (math.prod(units),)
     return units
 
@@ -175,11 +155,11 @@ def bias_shape(axes: Axes, shape: Shape) -> Shape:
 # Names that Keras gives to one kind of variable only.
 KERNELS = {
     "depthwise_kernel": depthwise,
-    "embeddings": transposed,
+    "embeddings": embedding,
     "imag_kernel": convolution,
     "pointwise_kernel": convolution,
     "real_kernel": convolution,
-    "recurrent_kernel": convolution,
+    "recurrent_kernel": recurrent,
     "reverse_embeddings": convolution,
 }
 

@@ -1,5 +1,6 @@
 """The named optimizers: defaults, documentation, and which rule they are."""
 
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -109,6 +110,99 @@ class BlockAdam(BlockwiseOptimizer):
             "amsgrad": self.amsgrad,
             "momentum_dtype": self.momentum_dtype,
         }
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class AdamMini(BlockAdam):
+    """Adam-mini: `BlockAdam` with one second moment per Hessian sub-block.
+
+    The blocks are those of Adam-mini 1.1.1: the rows of embeddings, the heads
+    of query and key projections, the output units of value projections,
+    attention outputs and dense kernels, the entries of biases, and the whole
+    of everything else, such as the scales of normalizations. They are found by
+    the layers, not by their names:
+
+    ```python
+    blocking = kb.Blocking.from_model(model, "adam_mini")
+    model.compile(optimizer=kb.AdamMini(1e-3, blocking=blocking))
+    ```
+
+    `weight_decay` leaves out biases and normalizations, as the authors' code
+    does.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use. Defaults to
+            `0.001`. The authors advise the learning rate of AdamW.
+        beta_1: Decay rate of the momentum, in [0, 1). Defaults to `0.9`.
+        beta_2: Decay rate of the second moment, in [0, 1). Defaults to
+            `0.999`.
+        epsilon: Small number that keeps the division finite, added to the
+            root of the second moment after its bias correction. Defaults to
+            `1e-8`.
+        value: Blocks of value projections: `"output_unit"`, or `"variable"`,
+            which the authors advise for runs below 10,000 steps. Defaults to
+            `"output_unit"`.
+        blocking: As in `BlockAdam`, for other blocks than Adam-mini's.
+            Defaults to `"adam_mini"`.
+        momentum_dtype: As in `BlockAdam`.
+        jit_compile: As in `BlockAdam`.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range.
+
+    Example:
+
+    >>> optimizer = AdamMini(learning_rate=1e-3, weight_decay=0.1)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Zhang et al., 2024](https://arxiv.org/abs/2406.16793), Algorithm 1, and
+      the authors' package adam-mini 1.1.1
+    """
+
+    undecayed_kinds = ("bias", "norm")
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        value: str = "output_unit",
+        blocking: str | Tile | Blocking = "adam_mini",
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            blocking=blocking,
+            momentum_dtype=momentum_dtype,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        self.value = check_choice("value", value, ("output_unit", "variable"))
+        if value == "variable":
+            check_choice(
+                "blocking",
+                self.blocking.scheme,
+                ("adam_mini", "adam_mini_short"),
+            )
+            self.blocking = self.blocking.with_scheme("adam_mini_short")
+
+    def rule(self) -> Rule:
+        return replace(super().rule(), epsilon_added="corrected")
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "value": self.value}
 
 
 @keras.saving.register_keras_serializable("keras_blockwise")
@@ -300,7 +394,7 @@ class BAG(BlockwiseOptimizer):
             momentum=momenta.none(),
             momentum_of_gradient=False,
             epsilon=self.epsilon,
-            epsilon_in_root=True,
+            epsilon_added="inside",
             initial_velocity=self.initial_accumulator_value,
         )
 
@@ -398,7 +492,7 @@ class BlockRMSprop(BlockwiseOptimizer):
             momentum=momentum,
             momentum_of_gradient=False,
             epsilon=self.epsilon,
-            epsilon_in_root=True,
+            epsilon_added="inside",
             centered=self.centered,
         )
 

@@ -5,27 +5,9 @@ A scheme is one entry of `SCHEMES`. It sees the shape of one variable and the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from keras_blockwise.axes import Axes
 from keras_blockwise.partition import Shape
-
-
-@dataclass(frozen=True)
-class Axes:
-    """What the axes of a variable index in the map that it parametrises.
-
-    Args:
-        output: Axes that index the units of the map's output.
-        input: Axes that index the units of its input. A depthwise kernel's
-            channel axis is both.
-        spatial: Axes that index a position in a convolution window.
-
-    `Axes()` says that nothing is known, or nothing is to be told apart.
-    """
-
-    output: Shape = ()
-    input: Shape = ()
-    spatial: Shape = ()
 
 
 def keep(axes: Shape, shape: Shape) -> Shape:
@@ -57,14 +39,42 @@ def filter_(shape: Shape, axes: Axes) -> Shape:
     return keep(axes.output + axes.input, shape)
 
 
+def head(shape: Shape, axes: Axes) -> Shape:
+    if not axes.head:
+        return output_unit(shape, axes)
+    return keep(axes.head, shape)
+
+
+def adam_mini(shape: Shape, axes: Axes) -> Shape:
+    """Adam-mini 1.1.1 (arXiv:2406.16793): whole where its table is silent."""
+    return ADAM_MINI.get(axes.kind, whole)(shape, axes)
+
+
+def adam_mini_short(shape: Shape, axes: Axes) -> Shape:
+    """Its authors' advice below 10,000 steps: one block per value matrix."""
+    return (whole if axes.kind == "value" else adam_mini)(shape, axes)
+
+
+ADAM_MINI = {
+    "bias": coordinate,
+    "dense": output_unit,
+    "embedding": output_unit,
+    "key": head,
+    "query": head,
+    "value": output_unit,
+}
+
 SCHEMES: dict[str, Callable[[Shape, Axes], Shape]] = {
     "coordinate": coordinate,
     "output_unit": output_unit,
     "input_unit": input_unit,
     "filter": filter_,
+    "head": head,
     "variable": whole,
     "layer": whole,
     "model": whole,
+    "adam_mini": adam_mini,
+    "adam_mini_short": adam_mini_short,
 }
 
 # Schemes whose blocks span variables: the name of the accumulator they share.

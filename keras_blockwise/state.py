@@ -1,19 +1,20 @@
 """The state variables of an optimizer: which there are, and who shares them."""
 
-from collections.abc import Callable
-from collections.abc import Hashable
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from typing import NamedTuple
 
-import keras
-
-from keras_blockwise.inference import Weight
+from keras_blockwise.blocking import Row
 from keras_blockwise.partition import Partition
+from keras_blockwise.partition import Shape
 from keras_blockwise.step import Rule
 
 Variable = Any
-Key = Hashable
+
+# Bytes of one number of the dtypes that a state variable can have.
+ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 class Group(NamedTuple):
@@ -34,8 +35,77 @@ class Group(NamedTuple):
     statistics: dict[str, Variable]
 
 
+@dataclass(frozen=True)
+class Slot:
+    """A state variable that an optimizer needs.
+
+    Args:
+        index: Position of the variable that it belongs to; of the first of a
+            group.
+        name: `"momentum"`, or the name of a block statistic.
+        shape: Its shape.
+        dtype: Its dtype.
+        value: What all of its entries start at.
+    """
+
+    index: int
+    name: str
+    shape: Shape
+    dtype: str
+    value: float
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+def accumulator_keys(
+    partitions: Sequence[Partition | None],
+) -> list[str | int | None]:
+    """What each variable's accumulator is known by; a group's is shared."""
+    return [
+        None if partition is None else partition.group or i
+        for i, partition in enumerate(partitions)
+    ]
+
+
+def plan_slots(
+    rule: Rule,
+    dtypes: Sequence[str],
+    partitions: Sequence[Partition | None],
+    momentum_dtype: str | None,
+) -> list[Slot]:
+    """The state variables that an optimizer needs, in saved order.
+
+    Args:
+        rule: The optimizer.
+        dtypes: Dtypes of the variables to update.
+        partitions: Their blocks; `None` for a variable without an update.
+        momentum_dtype: Dtype of the momentum; `None` for that of the variable.
+    """
+    keys = accumulator_keys(partitions)
+    wide = {key for key, dtype in zip(keys, dtypes) if dtype == "float64"}
+    slots = []
+    seen = set()
+    for i, partition in enumerate(partitions):
+        if partition is None:
+            continue
+        if rule.momentum.has_state:
+            dtype = momentum_dtype or dtypes[i]
+            slots.append(Slot(i, "momentum", partition.shape, dtype, 0.0))
+        if keys[i] in seen:
+            continue
+        seen.add(keys[i])
+        dtype = "float64" if keys[i] in wide else "float32"
+        slots += [
+            Slot(i, name, partition.accumulator_shape, dtype, value)
+            for name, value in rule.statistics.items()
+        ]
+    return slots
+
+
 class State:
-    """The state variables of all weights, created in the order they are saved.
+    """The state variables of an optimizer, and who shares them.
 
     Neither a list nor a dict nor a Keras object: the optimizer tracks the
     variables itself, and a second path to them would be saved as well.
@@ -43,74 +113,48 @@ class State:
     Args:
         rule: The optimizer.
         variables: The variables to update.
-        partitions: Their blocks; `None` for a variable without an update.
-        momentum_dtype: Dtype of the momentum; `None` for that of the variable.
-        add_slot: Creates a state variable, given the variable it belongs to
-            and the name, shape, dtype and initial value of the new one.
+        rows: Their blocks; `None` for a variable without an update.
+        slots: What `plan_slots` returns.
+        slot_variables: A state variable for each of `slots`.
     """
 
     def __init__(
         self,
         rule: Rule,
         variables: Sequence[Variable],
-        partitions: Sequence[Partition | None],
-        momentum_dtype: str | None,
-        add_slot: Callable[..., Variable],
+        rows: Sequence[Row | None],
+        slots: Sequence[Slot],
+        slot_variables: Sequence[Variable],
     ) -> None:
         self.rule = rule
-        self.variables = list(variables)
-        self.weights = [Weight.of(variable) for variable in variables]
-        self.partitions = {
-            i: partition for i, partition in enumerate(partitions) if partition
+        self.variables = tuple(variables)
+        self.rows = tuple(rows)
+        self.slots = tuple(slots)
+        self._partitions = {
+            i: row.partition for i, row in enumerate(rows) if row
         }
-        self.slot_names: list[str] = []
+        self._keys = accumulator_keys([row and row.partition for row in rows])
         self._moments: dict[int, Variable] = {}
-        self._statistics: dict[Key, dict[str, Variable]] = {}
-
-        dtypes = [keras.backend.standardize_dtype(v.dtype) for v in variables]
-        wide = {self._key(i) for i in self.partitions if dtypes[i] == "float64"}
-        for i, partition in self.partitions.items():
-            variable = variables[i]
-            path = self.weights[i].path.replace("/", "_")
-            if rule.momentum.has_state:
-                self.slot_names.append(f"{self.weights[i].name}/momentum")
-                self._moments[i] = add_slot(
-                    variable,
-                    f"{path}_momentum",
-                    partition.shape,
-                    momentum_dtype or dtypes[i],
-                    0.0,
-                )
-            key = self._key(i)
-            if key in self._statistics:
-                continue
-            self._statistics[key] = {}
-            for name, value in rule.statistics.items():
-                self.slot_names.append(f"{self.weights[i].name}/{name}")
-                self._statistics[key][name] = add_slot(
-                    variable,
-                    f"{path}_{name}",
-                    partition.accumulator_shape,
-                    "float64" if key in wide else "float32",
-                    value,
-                )
-
-    def _key(self, i: int) -> Key:
-        """Names the accumulator of a variable; members of a group share it."""
-        return self.partitions[i].group or i
+        self._statistics: dict[Any, dict[str, Variable]] = {}
+        for slot, variable in zip(slots, slot_variables):
+            if slot.name == "momentum":
+                self._moments[slot.index] = variable
+            else:
+                key = self._keys[slot.index]
+                self._statistics.setdefault(key, {})[slot.name] = variable
 
     def groups(self, indices: Sequence[int]) -> list[Group]:
         """The given variables, those that share an accumulator together."""
-        positions: dict[Key, list[int]] = {}
+        members: dict[Any, list[int]] = {}
         for position, i in enumerate(indices):
-            positions.setdefault(self._key(i), []).append(position)
+            members.setdefault(self._keys[i], []).append(position)
         return [
             Group(
-                tuple(members),
-                tuple(self.partitions[indices[p]] for p in members),
-                tuple(self.variables[indices[p]] for p in members),
-                tuple(self._moments.get(indices[p]) for p in members),
+                tuple(positions),
+                tuple(self._partitions[indices[p]] for p in positions),
+                tuple(self.variables[indices[p]] for p in positions),
+                tuple(self._moments.get(indices[p]) for p in positions),
                 self._statistics[key],
             )
-            for key, members in positions.items()
+            for key, positions in members.items()
         ]

@@ -10,8 +10,9 @@ For the variables that share one accumulator, with gradients `g`, step
     m, x = momentum(m, g); direction = scale * x      or of g itself
     w <- w - direction
 
-with `root(v) = sqrt(v) + epsilon`, or `sqrt(v + epsilon)`. With `amsgrad`, `v`
-in the root is the largest so far (arXiv:1904.09237); with `centered` it is
+with `root(v) = sqrt(v) + epsilon`, `sqrt(v + epsilon)`, or, with epsilon added
+after the correction, `sqrt(v) + epsilon * sqrt(correction)`. With `amsgrad`,
+`v` in the root is the largest so far (arXiv:1904.09237); with `centered` it is
 `v - a^2` for the accumulated block mean `a` of g (arXiv:1308.0850, eq. 39).
 
 Blockwise adaptivity: Zheng & Kwok 2019, arXiv:1905.09899.
@@ -38,7 +39,7 @@ class Rule:
     momentum: Momentum
     momentum_of_gradient: bool
     epsilon: float
-    epsilon_in_root: bool = False
+    epsilon_added: str = "outside"  # Or "inside", or "corrected".
     amsgrad: bool = False
     centered: bool = False
     initial_velocity: float = 0.0
@@ -114,11 +115,13 @@ def block_step(
         a = a + weight * block_mean(gradients, partitions)
         new_statistics["average_gradient"] = a
         v = v - ops.square(a)
-    if rule.epsilon_in_root:
-        root = ops.sqrt(v + rule.epsilon)
-    else:
-        root = ops.sqrt(v) + rule.epsilon
-    scale = learning_rate * correction**0.5 / root
+    root_correction = correction**0.5
+    root = {
+        "outside": lambda: ops.sqrt(v) + rule.epsilon,
+        "inside": lambda: ops.sqrt(v + rule.epsilon),
+        "corrected": lambda: ops.sqrt(v) + rule.epsilon * root_correction,
+    }[rule.epsilon_added]()
+    scale = learning_rate * root_correction / root
 
     directions, new_moments = [], []
     for g, m, p in zip(gradients, moments, partitions):

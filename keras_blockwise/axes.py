@@ -1,0 +1,69 @@
+"""What is known of a variable: its path and shape, its layer, its axes."""
+
+from dataclasses import dataclass
+from typing import Any
+from typing import NamedTuple
+
+from keras_blockwise.partition import Shape
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the axes of a variable index in the map that it parametrises.
+
+    Args:
+        output: Axes that index the units of the map's output.
+        input: Axes that index the units of its input. A depthwise kernel's
+            channel axis is both.
+        spatial: Axes that index a position in a convolution window.
+        head: Axes that index the heads of an attention layer, in the
+            projections to query, key, value and gate.
+        kind: What the variable is: `"dense"`, `"conv"`, `"recurrent"`,
+            `"embedding"`, `"query"`, `"key"`, `"value"`, `"bias"`, `"norm"`,
+            `"vector"`, or `"unknown"`.
+
+    `Axes()` says that nothing is known, or nothing is to be told apart.
+    """
+
+    output: Shape = ()
+    input: Shape = ()
+    spatial: Shape = ()
+    head: Shape = ()
+    kind: str = "unknown"
+
+
+class Weight(NamedTuple):
+    """What a variable tells of itself."""
+
+    path: str
+    shape: Shape
+
+    @classmethod
+    def of(cls, variable: Any) -> "Weight":
+        """Of a `keras.Variable`, or of a `tf.Variable`, which has no path."""
+        path = (
+            getattr(variable, "path", None) or variable.name.partition(":")[0]
+        )
+        return cls(path, tuple(int(n) for n in variable.shape))
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def layer_path(self) -> str:
+        return self.path.rpartition("/")[0]
+
+
+class Meaning(NamedTuple):
+    """What a variable is for.
+
+    Args:
+        layer: Name of the layer that owns it, unique among the layers.
+        axes: Every meaning of its axes that is possible, the likeliest first.
+        sure_of_layer: Whether `layer` is certain.
+    """
+
+    layer: str
+    axes: tuple[Axes, ...]
+    sure_of_layer: bool = True

@@ -1,0 +1,235 @@
+"""What got which blocks, and what the state of the optimizer costs."""
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import keras
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from keras_blockwise.axes import Weight
+from keras_blockwise.base import BlockwiseOptimizer
+from keras_blockwise.partition import Shape
+from keras_blockwise.state import ITEM_SIZES
+
+# As many lines as a person reads; more variables are folded by layer.
+MAX_LINES = 40
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """The blocks of one variable.
+
+    Args:
+        path: Path of the variable.
+        layer: Path of the layer that owns it.
+        shape: Its shape.
+        source: The scheme, the tuple or the rule that made its blocks.
+        block_shape: Shape of one block.
+        num_blocks: Number of blocks; 0 where an earlier variable of its group
+            counts the one they share.
+        group: Name of the accumulator it shares with others, or `None`.
+        state_bytes: Bytes of the state that belongs to it.
+        adam_bytes: Bytes of the state that `keras.optimizers.Adam` would have.
+    """
+
+    path: str
+    layer: str
+    shape: Shape
+    source: str
+    block_shape: Shape
+    num_blocks: int
+    group: str | None
+    state_bytes: int
+    adam_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What got which blocks: data in `rows`, a table when printed.
+
+    Args:
+        optimizer: Name of the optimizer's class.
+        rows: One `SummaryRow` per variable.
+    """
+
+    optimizer: str
+    rows: tuple[SummaryRow, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(row.num_blocks for row in self.rows)
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(row.state_bytes for row in self.rows)
+
+    @property
+    def adam_bytes(self) -> int:
+        return sum(row.adam_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        """A table of at most 100 columns; long models are folded by layer."""
+        sources = sorted({row.source for row in self.rows})
+        table = Table(
+            title=f"{self.optimizer}, blocks by {' and '.join(sources)}",
+            caption=(
+                f"{len(self.rows)} variables in {self.num_blocks:,} blocks; "
+                f"state {to_text(self.state_bytes)}, "
+                f"{self.state_bytes / max(self.adam_bytes, 1):.1%} of the "
+                f"{to_text(self.adam_bytes)} of Adam"
+            ),
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        table.add_column("variable", overflow="fold")
+        for name in ("shape", "block", "blocks", "state"):
+            table.add_column(name, justify="right", no_wrap=True)
+        if len(sources) > 1:
+            table.add_column("blocks by", overflow="fold")
+        for top, lines in fold(self.rows):
+            if top:
+                table.add_row(top)
+            for name, rows in lines:
+                cells = [
+                    f"  {name}" if top else name,
+                    the_only({str(row.shape) for row in rows}),
+                    the_only({str(row.block_shape) for row in rows}),
+                    f"{sum(row.num_blocks for row in rows):,}",
+                    to_text(sum(row.state_bytes for row in rows)),
+                    the_only({row.source for row in rows}),
+                ]
+                table.add_row(*cells[: len(table.columns)])
+        console = Console(width=WIDTH)
+        with console.capture() as capture:
+            console.print(table)
+        return capture.get().rstrip()
+
+
+def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
+    """Tells which blocks every variable has, and what the state costs.
+
+    Args:
+        optimizer: A built optimizer of this package, or a built model that is
+            compiled with one.
+
+    Returns:
+        A `Summary`: `rows` and totals as data, and a table when printed.
+
+    Raises:
+        ValueError: If the optimizer or the model is not built.
+        TypeError: If there is no optimizer of this package.
+
+    Example:
+
+    ```python
+    model.compile(optimizer=kb.BlockAdam(3e-3), loss="mse")
+    print(kb.summary(model))
+    ```
+    """
+    variables = None
+    if isinstance(optimizer, keras.Model):
+        model, optimizer = optimizer, optimizer.optimizer
+        if not model.built:
+            raise ValueError(
+                "`optimizer` must be a built optimizer or a built model. "
+                f"Received: the model {model.name!r}, which has no variables "
+                "yet. Call it once, or `model.build(input_shape)`."
+            )
+        variables = model.trainable_variables
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        raise TypeError(
+            "`optimizer` must be an optimizer of keras_blockwise, or a model "
+            f"that is compiled with one. Received: {optimizer!r}."
+        )
+    variables, rows, slots = optimizer.planned(variables)
+    state_bytes = [0] * len(rows)
+    for slot in slots:
+        state_bytes[slot.index] += slot.num_bytes
+    counted = set()
+    lines = []
+    for variable, row, num_bytes in zip(variables, rows, state_bytes):
+        if row is None:
+            continue
+        weight = Weight.of(variable)
+        partition = row.partition
+        group = partition.group
+        dtype = keras.backend.standardize_dtype(variable.dtype)
+        lines.append(
+            SummaryRow(
+                path=weight.path,
+                layer=row.layer,
+                shape=partition.shape,
+                source=row.source,
+                block_shape=partition.block_shape,
+                num_blocks=0 if group in counted else partition.num_blocks,
+                group=group,
+                state_bytes=num_bytes,
+                adam_bytes=2 * math.prod(partition.shape) * ITEM_SIZES[dtype],
+            )
+        )
+        if group is not None:
+            counted.add(group)
+    return Summary(type(optimizer).__name__, tuple(lines))
+
+
+Line = tuple[str, list[SummaryRow]]
+
+
+def fold(rows: Sequence[SummaryRow]) -> list[tuple[str, list[Line]]]:
+    """Rows on lines, lines under the layer that several have in common.
+
+    More variables than a person reads are folded: layers that are alike but
+    for the numbers in their paths are on one line.
+    """
+    folded: dict[tuple[str, int], list[SummaryRow]] = {}
+    for i, row in enumerate(rows):
+        if len(rows) > MAX_LINES:
+            key = re.sub(r"\d+", "*", row.path), 0
+        else:
+            key = row.path, i  # Paths need not be unique.
+        folded.setdefault(key, []).append(row)
+    blocks = []
+    for top, block in itertools.groupby(
+        folded.items(), key=lambda item: item[0][0].partition("/")[0]
+    ):
+        lines = list(block)
+        counts = {len(members) for _, members in lines}
+        if len(lines) > 1 and len(counts) == 1:
+            names = [path.partition("/")[2] for (path, _), _ in lines]
+            head = top + times(counts.pop())
+        else:
+            names = [
+                (members[0].path if len(members) == 1 else path)
+                + times(len(members))
+                for (path, _), members in lines
+            ]
+            head = ""
+        blocks.append(
+            (head, list(zip(names, (members for _, members in lines))))
+        )
+    return blocks
+
+
+def times(count: int) -> str:
+    return f" (x{count})" if count > 1 else ""
+
+
+def the_only(values: set[str]) -> str:
+    return next(iter(values)) if len(values) == 1 else "various"
+
+
+def to_text(num_bytes: float) -> str:
+    """Bytes in a unit that people read."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.3g} GiB"
