@@ -24,6 +24,7 @@ from keras_blockwise.state import State
 from keras_blockwise.state import plan_slots
 from keras_blockwise.step import Rule
 from keras_blockwise.step import block_step
+from keras_blockwise.step import mean_square
 
 Tensor = Any
 Variable = Any
@@ -48,6 +49,8 @@ class BlockwiseOptimizer(FusedOptimizer):
             variable.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
             XLA. `"auto"` does so wherever the device can.
+        skip_nonfinite: Boolean. Whether to leave out a step whose gradient has
+            an infinity or a NaN; see `BlockAdam`.
         **kwargs: As in `keras.optimizers.Optimizer`.
     """
 
@@ -58,8 +61,10 @@ class BlockwiseOptimizer(FusedOptimizer):
         blocking: str | Tile | Blocking,
         momentum_dtype: str | None = None,
         jit_compile: bool | str = "auto",
+        skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_choice("skip_nonfinite", skip_nonfinite, (True, False))
         check_choice("jit_compile", jit_compile, (True, False, "auto"))
         check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
         super().__init__(
@@ -108,11 +113,6 @@ class BlockwiseOptimizer(FusedOptimizer):
             for s in slots
         ]
         self._state = State(self.rule(), variables, rows, slots, slot_variables)
-        self.undecayed = {
-            i
-            for i, row in enumerate(rows)
-            if row and row.kind in self.undecayed_kinds
-        }
 
     def plan(
         self, variables: Sequence[Variable]
@@ -153,7 +153,15 @@ class BlockwiseOptimizer(FusedOptimizer):
         return state.variables, state.rows, state.slots
 
     def variables_of(self, indices: Sequence[int]) -> list[Group]:
-        return self._built_state.groups(indices)
+        state = self._built_state
+
+        def weight_decay(i: int) -> float:
+            row = state.rows[i]
+            if row is None or row.kind in self.undecayed_kinds:
+                return 0.0
+            return self.weight_decay_of(state.variables[i])
+
+        return state.groups(indices, weight_decay)
 
     def update_all(
         self,
@@ -161,31 +169,61 @@ class BlockwiseOptimizer(FusedOptimizer):
         gradients: Sequence[Tensor],
         learning_rate: Tensor,
         iterations: Tensor,
-    ) -> None:
+    ) -> Tensor:
         rule = self._built_state.rule
-        for group in groups:
-            positions, partitions, weights, moments, statistics = group
-            # Float32 or wider: in bfloat16, a beta_2 of 0.999 is 1.
-            dtype = keras.backend.standardize_dtype(
-                statistics["velocity"].dtype
-            )
-            directions, new_moments, new_statistics = block_step(
+        # Float32 or wider: in bfloat16, a beta_2 of 0.999 is 1.
+        dtypes = [
+            keras.backend.standardize_dtype(group.statistics["velocity"].dtype)
+            for group in groups
+        ]
+        group_gradients = [
+            [ops.cast(gradients[p], dtype) for p in group.positions]
+            for group, dtype in zip(groups, dtypes)
+        ]
+        mean_squares = [
+            mean_square(gs, group.partitions)
+            for gs, group in zip(group_gradients, groups)
+        ]
+        finite = True
+        if self.skip_nonfinite:
+            finite = ops.all([ops.all(ops.isfinite(s)) for s in mean_squares])
+        for group, dtype, gs, s in zip(
+            groups, dtypes, group_gradients, mean_squares
+        ):
+            weights = [ops.cast(w, dtype) for w in group.weights]
+            moments = [
+                m if m is None else ops.cast(m, dtype) for m in group.moments
+            ]
+            statistics = {
+                name: ops.cast(v, dtype) for name, v in group.statistics.items()
+            }
+            new_weights, new_moments, new_statistics = block_step(
                 rule,
                 ops.cast(iterations, dtype) + 1,
                 ops.cast(learning_rate, dtype),
-                [ops.cast(gradients[p], dtype) for p in positions],
-                [m if m is None else ops.cast(m, dtype) for m in moments],
-                {name: ops.cast(v, dtype) for name, v in statistics.items()},
-                partitions,
+                s,
+                gs,
+                weights,
+                group.weight_decays,
+                moments,
+                statistics,
+                group.partitions,
             )
-            for name, value in new_statistics.items():
-                self.assign(statistics[name], value)
-            for w, m, new_m, direction in zip(
-                weights, moments, new_moments, directions
-            ):
-                if m is not None:
-                    self.assign(m, new_m)
-                self.assign(w, ops.cast(w, dtype) - direction)
+            updates = [
+                *zip(group.weights, weights, new_weights),
+                *zip(group.moments, moments, new_moments),
+                *(
+                    (group.statistics[name], statistics[name], value)
+                    for name, value in new_statistics.items()
+                ),
+            ]
+            for variable, old, new in updates:
+                if variable is None:
+                    continue
+                if self.skip_nonfinite:
+                    new = ops.where(finite, new, old)
+                self.assign(variable, new)
+        return finite
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor and the blocks, as plain data."""
@@ -197,6 +235,7 @@ class BlockwiseOptimizer(FusedOptimizer):
             **super().get_config(),
             "blocking": blocking.get_config(),
             "jit_compile": self.jit_compile,
+            "skip_nonfinite": self.skip_nonfinite,
         }
 
     @classmethod
@@ -290,7 +329,13 @@ def decode(names: Any) -> list[str]:
 
 def base_slot_name(variable_name: str) -> str:
     """Kind of a variable that Keras's own base class has made."""
-    kinds = ("iteration", "learning_rate", "average", "gradient_accumulator")
+    kinds = (
+        "iteration",
+        "learning_rate",
+        "skipped_steps",
+        "average",
+        "gradient_accumulator",
+    )
     return next(kind for kind in kinds if variable_name.endswith(kind))
 
 

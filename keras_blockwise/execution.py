@@ -26,6 +26,8 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         learning_rate: As in `keras.optimizers.Optimizer`.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
             XLA. `"auto"` does so wherever the device can.
+        skip_nonfinite: Boolean. Whether to leave out a step whose gradient has
+            an infinity or a NaN.
         **kwargs: As in `keras.optimizers.Optimizer`.
     """
 
@@ -33,11 +35,20 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         self,
         learning_rate: Any,
         jit_compile: bool | str = "auto",
+        skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate, **kwargs)
         self.jit_compile = jit_compile
-        self.undecayed: set[int] = set()  # Positions `weight_decay` leaves out.
+        self.skip_nonfinite = skip_nonfinite
+        self.skipped_steps: Variable | None = None
+        if skip_nonfinite:
+            self.skipped_steps = self.add_variable(
+                shape=(),
+                dtype="int",
+                aggregation="only_first_replica",
+                name="skipped_steps",
+            )
         self._cache = Cache()
 
     def update_all(
@@ -46,7 +57,7 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         gradients: Sequence[Tensor],
         learning_rate: Tensor,
         iterations: Tensor,
-    ) -> None:
+    ) -> Tensor:
         """Updates some variables and the slots that belong to them.
 
         Args:
@@ -54,6 +65,9 @@ class FusedOptimizer(keras.optimizers.Optimizer):
             gradients: One dense tensor per index.
             learning_rate: Scalar.
             iterations: Scalar, 0 on the first step.
+
+        Returns:
+            Whether the update took place: a boolean scalar.
         """
         raise NotImplementedError
 
@@ -91,10 +105,14 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         """Whether Keras assigns its gradient to the variable, as in float8."""
         return bool(self._overwrite_variable_with_gradient(variable))
 
-    def _use_weight_decay(self, variable: Variable) -> bool:
-        if self._get_variable_index(variable) in self.undecayed:
-            return False
-        return bool(super()._use_weight_decay(variable))
+    def weight_decay_of(self, variable: Variable) -> float:
+        """The decoupled weight decay of a variable."""
+        if self.weight_decay is None or not self._use_weight_decay(variable):
+            return 0.0
+        return float(self.weight_decay)
+
+    def _apply_weight_decay(self, variables: Any) -> None:
+        """Nothing: `update_all` does it in its own pass over the weights."""
 
     def apply(
         self, grads: Sequence[Tensor], trainable_variables: Any = None
@@ -114,6 +132,30 @@ class FusedOptimizer(keras.optimizers.Optimizer):
                 grads[i] = densify(gradient, variable)
         super().apply(grads, trainable_variables)
 
+    def _backend_apply_gradients(
+        self, grads: Any, trainable_variables: Any
+    ) -> None:
+        if self.skip_nonfinite:
+            self._cache.skipped_before = keras.ops.copy(self.skipped_steps)
+        super()._backend_apply_gradients(grads, trainable_variables)
+
+    def _update_model_variables_moving_average(
+        self, trainable_variables: Any
+    ) -> None:
+        averages = self._model_variables_moving_average
+        if not self.skip_nonfinite:
+            super()._update_model_variables_moving_average(trainable_variables)
+            return
+        old = [a if a is None else keras.ops.copy(a) for a in averages]
+        super()._update_model_variables_moving_average(trainable_variables)
+        taken = keras.ops.equal(self.skipped_steps, self._cache.skipped_before)
+        # Before the first step that is taken, the average is the weights.
+        started = keras.ops.greater_equal(self.iterations, 0)
+        for variable, average, value in zip(trainable_variables, averages, old):
+            if average is not None:
+                value = keras.ops.where(started, value, variable)
+                average.assign(keras.ops.where(taken, average, value))
+
     def _backend_update_step(
         self, grads: Any, trainable_variables: Any, learning_rate: Any
     ) -> None:
@@ -121,12 +163,8 @@ class FusedOptimizer(keras.optimizers.Optimizer):
             self._get_variable_index(v) for v in trainable_variables
         )
         if keras.backend.backend() != "tensorflow":
-            self.update_all(
-                self.variables_of(indices),
-                grads,
-                learning_rate,
-                self.iterations,
-            )
+            variables = self._variables_of_step(indices)
+            self._update(variables, grads, learning_rate, self.iterations)
             return
         grads = [
             tf.cast(g, v.dtype) for g, v in zip(grads, trainable_variables)
@@ -138,7 +176,7 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         def update_replicas(strategy: Any, *tensors: Any) -> None:
             if indices not in self._cache.variables:
                 self._cache.variables[indices] = tf.nest.map_structure(
-                    native, self.variables_of(indices)
+                    native, self._variables_of_step(indices)
                 )
             strategy.extended.update(
                 native(self._trainable_variables[indices[0]]),
@@ -155,19 +193,36 @@ class FusedOptimizer(keras.optimizers.Optimizer):
             tf.convert_to_tensor(self.iterations),
         )
 
+    def _variables_of_step(self, indices: tuple[int, ...]) -> Any:
+        counters = [self._iterations, self.skipped_steps]
+        return self.variables_of(indices), counters[: 2 * self.skip_nonfinite]
+
+    def _update(self, variables: Any, *tensors: Any) -> None:
+        """`update_all`, and the count of the steps that were not taken."""
+        variables, counters = variables
+        taken = self.update_all(variables, *tensors)
+        if counters:
+            iterations, skipped_steps = counters
+            skipped = 1 - keras.ops.cast(taken, skipped_steps.dtype)
+            skipped_steps.assign_add(skipped)
+            # As if the step had not been: Keras will add one.
+            iterations.assign_sub(
+                skipped * (self.gradient_accumulation_steps or 1)
+            )
+
     def _update_replica(self, indices: tuple[int, ...]) -> Callable[..., None]:
-        """`update_all` on the variables of one replica, compiled."""
+        """`_update` on the variables of one replica, compiled."""
 
         def update(first_variable: Any, variables: Any, *tensors: Any) -> None:
             if not self._should_compile():
-                self.update_all(variables, *tensors)
+                self._update(variables, *tensors)
                 return
             key = (indices, id(first_variable))
             gradients, learning_rate, iterations = tensors
             if key not in self._cache.functions:
                 self._cache.functions[key] = compile_update(
                     # The variables are captured: no work for them per step.
-                    lambda *tensors: self.update_all(variables, *tensors),
+                    lambda *tensors: self._update(variables, *tensors),
                     tensors,
                 )
             self._cache.functions[key](*gradients, learning_rate, iterations)
@@ -192,6 +247,7 @@ class Cache:
     def __init__(self) -> None:
         self.variables: dict[Any, Any] = {}
         self.functions: dict[Any, Any] = {}
+        self.skipped_before: Any = None
 
 
 def compile_update(update: Callable[..., None], tensors: Any) -> Any:

@@ -50,8 +50,12 @@ class BlockAdam(BlockwiseOptimizer):
             float32, or float64 for float64 variables.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
             XLA. Defaults to `"auto"`: wherever the device can.
-        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
-            `weight_decay`, `clipnorm`, `use_ema`, ...
+        **kwargs: `skip_nonfinite`, and the other arguments of
+            `keras.optimizers.Optimizer`: `weight_decay`, `clipnorm`,
+            `use_ema`, ... With `skip_nonfinite=True`, a step whose gradient
+            has an infinity or a NaN (or is too large to be squared) changes
+            neither weights nor state, and adds one to
+            `optimizer.skipped_steps`, a variable that is saved.
 
     Raises:
         ValueError, TypeError: If an argument is out of its range.

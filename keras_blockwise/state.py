@@ -1,6 +1,7 @@
 """The state variables of an optimizer: which there are, and who shares them."""
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ class Group(NamedTuple):
         positions: Where their gradients are in the list of gradients.
         partitions: Their blocks.
         weights: The variables.
+        weight_decays: Their decoupled weight decay.
         moments: The momentum of each, or `None`.
         statistics: The accumulators, by name of the slot.
     """
@@ -31,6 +33,7 @@ class Group(NamedTuple):
     positions: tuple[int, ...]
     partitions: tuple[Partition, ...]
     weights: tuple[Variable, ...]
+    weight_decays: tuple[float, ...]
     moments: tuple[Variable | None, ...]
     statistics: dict[str, Variable]
 
@@ -143,8 +146,15 @@ class State:
                 key = self._keys[slot.index]
                 self._statistics.setdefault(key, {})[slot.name] = variable
 
-    def groups(self, indices: Sequence[int]) -> list[Group]:
-        """The given variables, those that share an accumulator together."""
+    def groups(
+        self, indices: Sequence[int], weight_decay: Callable[[int], float]
+    ) -> list[Group]:
+        """The given variables, those that share an accumulator together.
+
+        Args:
+            indices: Positions of the variables.
+            weight_decay: Tells the weight decay of the variable at a position.
+        """
         members: dict[Any, list[int]] = {}
         for position, i in enumerate(indices):
             members.setdefault(self._keys[i], []).append(position)
@@ -153,6 +163,7 @@ class State:
                 tuple(positions),
                 tuple(self._partitions[indices[p]] for p in positions),
                 tuple(self.variables[indices[p]] for p in positions),
+                tuple(weight_decay(indices[p]) for p in positions),
                 tuple(self._moments.get(indices[p]) for p in positions),
                 self._statistics[key],
             )

@@ -8,7 +8,7 @@ For the variables that share one accumulator, with gradients `g`, step
     scale = learning_rate * sqrt(correction) / root(v)
     m, direction = momentum(m, scale * g)             momentum of the scaled g
     m, x = momentum(m, g); direction = scale * x      or of g itself
-    w <- w - direction
+    w <- w - learning_rate * weight_decay * w - direction
 
 with `root(v) = sqrt(v) + epsilon`, `sqrt(v + epsilon)`, or, with epsilon added
 after the correction, `sqrt(v) + epsilon * sqrt(correction)`. With `amsgrad`,
@@ -75,11 +75,21 @@ def scale_blocks(scale: Tensor, x: Tensor, p: Partition) -> Tensor:
     return ops.reshape(x, p.shape)
 
 
+def mean_square(
+    gradients: Sequence[Tensor], partitions: Sequence[Partition]
+) -> Tensor:
+    """`s`, which is finite if and only if the squares of all of g are."""
+    return block_mean([ops.square(g) for g in gradients], partitions)
+
+
 def block_step(
     rule: Rule,
     t: Tensor,
     learning_rate: Tensor,
+    s: Tensor,
     gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    weight_decays: Sequence[float],
     moments: Sequence[Tensor],
     statistics: dict[str, Tensor],
     partitions: Sequence[Partition],
@@ -90,7 +100,10 @@ def block_step(
         rule: The optimizer.
         t: Scalar, 1 on the first step.
         learning_rate: Scalar.
+        s: `mean_square(gradients, partitions)`.
         gradients: One tensor per variable.
+        weights: The variables.
+        weight_decays: Decoupled weight decay of each variable.
         moments: The momentum of each variable; anything if the rule has none.
         statistics: `rule.statistics`, each of shape `accumulator_shape`.
         partitions: The blocks of each variable.
@@ -98,14 +111,10 @@ def block_step(
     All tensors have one floating-point dtype.
 
     Returns:
-        What to subtract from each variable, the new `moments` and the new
-        `statistics`.
+        The new `weights`, `moments` and `statistics`.
     """
     decay, weight, correction = rule.accumulator(t)
-    squares = [ops.square(g) for g in gradients]
-    v = decay * statistics["velocity"] + weight * block_mean(
-        squares, partitions
-    )
+    v = decay * statistics["velocity"] + weight * s
     new_statistics = {"velocity": v}
     if rule.amsgrad:
         v = ops.maximum(statistics["velocity_hat"], v)
@@ -123,13 +132,17 @@ def block_step(
     }[rule.epsilon_added]()
     scale = learning_rate * root_correction / root
 
-    directions, new_moments = [], []
-    for g, m, p in zip(gradients, moments, partitions):
+    new_weights, new_moments = [], []
+    for g, w, weight_decay, m, p in zip(
+        gradients, weights, weight_decays, moments, partitions
+    ):
         if rule.momentum_of_gradient:
             m, x = rule.momentum.update(m, g, t)
             direction = scale_blocks(scale, x, p)
         else:
             m, direction = rule.momentum.update(m, scale_blocks(scale, g, p), t)
-        directions.append(direction)
+        if weight_decay:
+            w = w - w * weight_decay * learning_rate
+        new_weights.append(w - direction)
         new_moments.append(m)
-    return directions, new_moments, new_statistics
+    return new_weights, new_moments, new_statistics
