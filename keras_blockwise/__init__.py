@@ -1,7 +1,9 @@
 """Blockwise adaptive optimizers for Keras."""
 
 from keras_blockwise.blocking import Blocking
+from keras_blockwise.convert import convert_state
 from keras_blockwise.layer_axes import register_layer_axes
+from keras_blockwise.loading import all_or_nothing
 from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
 from keras_blockwise.optimizers import AdamMini
@@ -20,6 +22,8 @@ __all__ = [
     "BlockRMSprop",
     "Blocking",
     "Partition",
+    "all_or_nothing",
+    "convert_state",
     "register_layer_axes",
     "summary",
 ]

@@ -68,7 +68,10 @@ class BlockwiseOptimizer(FusedOptimizer):
         check_choice("jit_compile", jit_compile, (True, False, "auto"))
         check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
         super().__init__(
-            check_learning_rate(learning_rate), jit_compile, **kwargs
+            check_learning_rate(learning_rate),
+            jit_compile,
+            skip_nonfinite,
+            **kwargs,
         )
         if not isinstance(blocking, Blocking):
             blocking = Blocking(blocking)
@@ -77,6 +80,8 @@ class BlockwiseOptimizer(FusedOptimizer):
         self._state: State | None = None
         self._num_base_variables = len(self.variables)
 
+    # Optimizers of one family have the same state, up to its blocks.
+    state_family: str = ""
     # Kinds of variables (see `Axes`) that `weight_decay` leaves alone.
     undecayed_kinds: tuple[str, ...] = ()
 
@@ -91,8 +96,7 @@ class BlockwiseOptimizer(FusedOptimizer):
         `None` stands for a variable that has no update, such as the scales of
         a float8 layer.
         """
-        rows = self._built_state.rows
-        return tuple(row and row.partition for row in rows)
+        return self.block_state.partitions
 
     def build(self, variables: Sequence[Variable]) -> None:
         """Chooses the blocks and creates the state of the optimizer.
@@ -149,11 +153,11 @@ class BlockwiseOptimizer(FusedOptimizer):
         """
         if self._state is None and variables is not None:
             return variables, *self.plan(variables)
-        state = self._built_state
+        state = self.block_state
         return state.variables, state.rows, state.slots
 
     def variables_of(self, indices: Sequence[int]) -> list[Group]:
-        state = self._built_state
+        state = self.block_state
 
         def weight_decay(i: int) -> float:
             row = state.rows[i]
@@ -170,7 +174,7 @@ class BlockwiseOptimizer(FusedOptimizer):
         learning_rate: Tensor,
         iterations: Tensor,
     ) -> Tensor:
-        rule = self._built_state.rule
+        rule = self.block_state.rule
         # Float32 or wider: in bfloat16, a beta_2 of 0.999 is 1.
         dtypes = [
             keras.backend.standardize_dtype(group.statistics["velocity"].dtype)
@@ -313,7 +317,8 @@ class BlockwiseOptimizer(FusedOptimizer):
         return names
 
     @property
-    def _built_state(self) -> State:
+    def block_state(self) -> State:
+        """The blocks and the state variables that belong to them."""
         if self._state is None:
             raise ValueError(
                 f"{type(self).__name__} must be built before it has blocks. "

@@ -72,6 +72,8 @@ class BlockAdam(BlockwiseOptimizer):
       for the form of the step
     """
 
+    state_family = "adam"
+
     def __init__(
         self,
         learning_rate: Any = 0.001,
@@ -272,6 +274,8 @@ class BAGM(BlockwiseOptimizer):
       recurrences are those of the public MXNet implementation of the paper
     """
 
+    state_family = "bagm"
+
     def __init__(
         self,
         learning_rate: Any = 0.001,
@@ -375,6 +379,8 @@ class BAG(BlockwiseOptimizer):
     - [Duchi et al., 2011](https://jmlr.org/papers/v12/duchi11a.html)
     """
 
+    state_family = "bag"
+
     def __init__(
         self,
         learning_rate: Any = 0.001,
@@ -461,6 +467,8 @@ class BlockRMSprop(BlockwiseOptimizer):
     - [Graves, 2013](https://arxiv.org/abs/1308.0850), eqs. 38 to 45, for the
       centered form
     """
+
+    state_family = "rmsprop"
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from typing import NamedTuple
 
+from keras_blockwise.axes import Weight
 from keras_blockwise.blocking import Row
 from keras_blockwise.partition import Partition
 from keras_blockwise.partition import Shape
@@ -145,6 +146,29 @@ class State:
             else:
                 key = self._keys[slot.index]
                 self._statistics.setdefault(key, {})[slot.name] = variable
+
+    @property
+    def paths(self) -> list[str]:
+        return [Weight.of(variable).path for variable in self.variables]
+
+    @property
+    def partitions(self) -> tuple[Partition | None, ...]:
+        return tuple(row and row.partition for row in self.rows)
+
+    def slots_by_weight(self) -> dict[str, dict[int, Variable]]:
+        """State variables by slot and position of the weight they are for.
+
+        What a group shares stands there for each of its members.
+        """
+        slots: dict[str, dict[int, Variable]] = {}
+        if self._moments:
+            slots["momentum"] = dict(self._moments)
+        for name in self.rule.statistics:
+            slots[name] = {
+                i: self._statistics[self._keys[i]][name]
+                for i in self._partitions
+            }
+        return slots
 
     def groups(
         self, indices: Sequence[int], weight_decay: Callable[[int], float]

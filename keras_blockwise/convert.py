@@ -1,0 +1,197 @@
+"""Moves the state of a running job to another optimizer or other blocks."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_blockwise.base import BlockwiseOptimizer
+from keras_blockwise.partition import Partition
+from keras_blockwise.state import State
+
+Variable = Any
+Array = Any
+# A state variable by slot and position of the weight that it is for. What a
+# group shares stands there for each of its members.
+Slots = dict[str, dict[int, Variable]]
+
+
+def convert_state(
+    source: keras.optimizers.Optimizer, target: BlockwiseOptimizer
+) -> None:
+    """Copies the state of one optimizer into another with other blocks.
+
+    The momentum and the count of steps are copied. A second moment of a block
+    of the target is the mean of those of the source over the block, or the one
+    of the larger block that contains it. Training then goes on with the target
+    from where the source was.
+
+    Args:
+        source: A built `keras.optimizers.Adam` or `AdamW`, or an optimizer of
+            this package.
+        target: A built optimizer over the same variables: a `BlockAdam` or
+            `AdamMini` if `source` is one of these or Keras's, else one of the
+            class of `source`.
+
+    Raises:
+        ValueError, TypeError: If the two do not fit, or the blocks of neither
+            are made of blocks of the other. Nothing has been changed then.
+
+    Example:
+
+    ```python
+    model = keras.models.load_model("trained_with_adam.keras")
+    optimizer = kb.BlockAdam(3e-3, blocking=kb.Blocking.from_model(model))
+    optimizer.build(model.trainable_variables)
+    kb.convert_state(model.optimizer, optimizer)
+    model.compile(optimizer=optimizer, loss="mse")
+    ```
+    """
+    for name, optimizer in (("source", source), ("target", target)):
+        if not getattr(optimizer, "built", False):
+            raise ValueError(
+                f"`{name}` must be built. Call "
+                f"`{name}.build(model.trainable_variables)` first. Received: "
+                f"{name}={optimizer!r}."
+            )
+    if not isinstance(target, BlockwiseOptimizer) or target.state_family != (
+        "adam"
+        if isinstance(source, keras.optimizers.Adam)
+        else getattr(source, "state_family", None)
+    ):
+        raise TypeError(
+            "`target` must be a `BlockAdam` for a `source` that is one or is "
+            "`keras.optimizers.Adam`, else an optimizer of the same class. "
+            f"Received: source={type(source).__name__}, "
+            f"target={type(target).__name__}."
+        )
+    state = target.block_state
+    slots = state.slots_by_weight()
+    if isinstance(source, BlockwiseOptimizer):
+        check_same(state.paths, source.block_state.paths)
+        old_slots = source.block_state.slots_by_weight()
+        old_partitions = source.partitions
+    else:
+        old_slots = slots_of_adam(source, state)
+        old_partitions = tuple(
+            p and Partition(p.shape, (1,) * len(p.shape))
+            for p in state.partitions
+        )
+    if old_slots.keys() != slots.keys():
+        raise ValueError(
+            "`source` and `target` must have the same kinds of state. "
+            f"Received: {sorted(old_slots)} in source and {sorted(slots)} in "
+            "target."
+        )
+    check_nesting(state.paths, old_partitions, state.partitions)
+    assignments = []
+    for name, variables in slots.items():
+        values = {i: v.numpy() for i, v in old_slots[name].items()}
+        if name != "momentum":
+            values = block_means(values, old_partitions, state.partitions)
+        assignments += [(v, values[i]) for i, v in variables.items()]
+    for variable, value in assignments + counters(source, target):
+        variable.assign(value)
+
+
+def slots_of_adam(source: keras.optimizers.Optimizer, state: State) -> Slots:
+    """The state of Keras's Adam, by the names that Keras gives it."""
+    slots: Slots = {}
+    indices = [i for i, p in enumerate(state.partitions) if p is not None]
+    for name in ("momentum", "velocity", "velocity_hat"):
+        found = [v for v in source.variables if v.name.endswith(f"_{name}")]
+        if not found:
+            continue
+        slots[name] = dict(zip(indices, found))
+        check_same(
+            [f"{state.paths[i]}_{name}".replace("/", "_") for i in indices],
+            [v.name for v in found],
+        )
+    return slots
+
+
+def check_same(expected: Sequence[str], received: Sequence[str]) -> None:
+    for path, other in itertools.zip_longest(expected, received):
+        if path != other:
+            raise ValueError(
+                "`source` must be built on the variables of `target`, in the "
+                f"same order: {path!r}. Received: {other!r}."
+            )
+
+
+def check_nesting(
+    paths: Sequence[str],
+    old: Sequence[Partition | None],
+    new: Sequence[Partition | None],
+) -> None:
+    sharers = [sharers_of(partitions) for partitions in (old, new)]
+    for i, (path, p, q) in enumerate(zip(paths, old, new)):
+        if p is None or q is None:
+            continue
+        theirs, ours = sharers[0][i], sharers[1][i]
+        sizes = list(zip(p.block_shape, q.block_shape))
+        if not (
+            (all(m % n == 0 for n, m in sizes) and theirs <= ours)
+            or (all(n % m == 0 for n, m in sizes) and ours <= theirs)
+        ):
+            raise ValueError(
+                f"The blocks of variable {path!r} in `target` must be made of "
+                "those in `source`, or the other way round. Received: blocks "
+                f"of {p.block_shape} in source (shared by {len(theirs)} "
+                f"variables), of {q.block_shape} in target (by {len(ours)})."
+            )
+
+
+def sharers_of(
+    partitions: Sequence[Partition | None],
+) -> list[set[int]]:
+    """For each variable, those that have the same accumulator."""
+    groups: dict[Any, set[int]] = {}
+    for i, partition in enumerate(partitions):
+        groups.setdefault((partition and partition.group) or i, set()).add(i)
+    return [
+        groups[(partition and partition.group) or i]
+        for i, partition in enumerate(partitions)
+    ]
+
+
+def block_means(
+    values: dict[int, Array],
+    old: Sequence[Partition | None],
+    new: Sequence[Partition | None],
+) -> dict[int, Array]:
+    """Statistics of the old blocks as those of the new ones."""
+    sums: dict[Any, Array] = {}
+    sizes: dict[Any, int] = {}
+    keys = {}
+    for i, value in values.items():
+        p, q = old[i], new[i]
+        if p is None or q is None:
+            continue
+        x = np.asarray(value, np.float64)
+        x = np.broadcast_to(x.reshape(x.shape or (1,) * len(p.shape)), p.grid)
+        for axis, n in enumerate(p.block_shape):
+            x = np.repeat(x, n, axis)
+        for axis, n in enumerate(q.block_shape):
+            x = np.add.reduceat(x, np.arange(0, x.shape[axis], n), axis)
+        keys[i] = q.group or i
+        sums[keys[i]] = sums.get(keys[i], 0.0) + x.reshape(q.accumulator_shape)
+        sizes[keys[i]] = sizes.get(keys[i], 0) + q.block_size
+    return {i: sums[key] / sizes[key] for i, key in keys.items()}
+
+
+def counters(
+    source: keras.optimizers.Optimizer, target: BlockwiseOptimizer
+) -> list[tuple[Variable, Array]]:
+    """Keras's own variables that both have, but for the learning rate."""
+    kinds = ("iteration", "skipped_steps", "_average", "_gradient_accumulator")
+    assignments = []
+    for kind in kinds:
+        pairs = zip(
+            [v for v in target.variables if v.name.endswith(kind)],
+            [v for v in source.variables if v.name.endswith(kind)],
+        )
+        assignments += [(ours, theirs.numpy()) for ours, theirs in pairs]
+    return assignments
