@@ -21,6 +21,8 @@ class Axes:
         kind: What the variable is: `"dense"`, `"conv"`, `"recurrent"`,
             `"embedding"`, `"query"`, `"key"`, `"value"`, `"bias"`, `"norm"`,
             `"vector"`, or `"unknown"`.
+        groups: How many groups the units on the last axis form, each with
+            inputs of its own, as in a grouped convolution.
 
     `Axes()` says that nothing is known, or nothing is to be told apart.
     """
@@ -30,6 +32,7 @@ class Axes:
     spatial: Shape = ()
     head: Shape = ()
     kind: str = "unknown"
+    groups: int = 1
 
 
 class Weight(NamedTuple):

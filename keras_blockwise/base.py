@@ -190,7 +190,9 @@ class BlockwiseOptimizer(FusedOptimizer):
         ]
         finite = True
         if self.skip_nonfinite:
-            finite = ops.all([ops.all(ops.isfinite(s)) for s in mean_squares])
+            finite = ops.all(
+                ops.stack([ops.all(ops.isfinite(s)) for s in mean_squares])
+            )
         for group, dtype, gs, s in zip(
             groups, dtypes, group_gradients, mean_squares
         ):

@@ -69,9 +69,20 @@ def convert_state(
         )
     state = target.block_state
     slots = state.slots_by_weight()
+    steps = [o.gradient_accumulation_steps or 1 for o in (source, target)]
+    if steps[0] != steps[1]:  # The count of steps would mean another number.
+        raise ValueError(
+            "`source` and `target` must have the same "
+            f"`gradient_accumulation_steps`. Received: {steps[0]} in source "
+            f"and {steps[1]} in target."
+        )
     if isinstance(source, BlockwiseOptimizer):
-        check_same(state.paths, source.block_state.paths)
-        old_slots = source.block_state.slots_by_weight()
+        old = source.block_state
+        check_same(
+            with_shapes(state.paths, state.variables),
+            with_shapes(old.paths, old.variables),
+        )
+        old_slots = old.slots_by_weight()
         old_partitions = source.partitions
     else:
         old_slots = slots_of_adam(source, state)
@@ -105,11 +116,18 @@ def slots_of_adam(source: keras.optimizers.Optimizer, state: State) -> Slots:
         if not found:
             continue
         slots[name] = dict(zip(indices, found))
+        names = [f"{state.paths[i]}_{name}".replace("/", "_") for i in indices]
         check_same(
-            [f"{state.paths[i]}_{name}".replace("/", "_") for i in indices],
-            [v.name for v in found],
+            with_shapes(names, [state.variables[i] for i in indices]),
+            with_shapes([v.name for v in found], found),
         )
     return slots
+
+
+def with_shapes(
+    names: Sequence[str], variables: Sequence[Variable]
+) -> list[str]:
+    return [f"{name} {tuple(v.shape)}" for name, v in zip(names, variables)]
 
 
 def check_same(expected: Sequence[str], received: Sequence[str]) -> None:
@@ -189,9 +207,14 @@ def counters(
     kinds = ("iteration", "skipped_steps", "_average", "_gradient_accumulator")
     assignments = []
     for kind in kinds:
-        pairs = zip(
-            [v for v in target.variables if v.name.endswith(kind)],
-            [v for v in source.variables if v.name.endswith(kind)],
-        )
-        assignments += [(ours, theirs.numpy()) for ours, theirs in pairs]
+        ours = [v for v in target.variables if v.name.endswith(kind)]
+        theirs = [v for v in source.variables if v.name.endswith(kind)]
+        if kind == "_average" and not theirs:
+            # The weights start an average, as they do in Keras's first step.
+            theirs = [
+                v
+                for v in target.block_state.variables
+                if not target.has_no_update(v)
+            ]
+        assignments += [(v, other.numpy()) for v, other in zip(ours, theirs)]
     return assignments

@@ -149,12 +149,34 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         old = [a if a is None else keras.ops.copy(a) for a in averages]
         super()._update_model_variables_moving_average(trainable_variables)
         taken = keras.ops.equal(self.skipped_steps, self._cache.skipped_before)
-        # Before the first step that is taken, the average is the weights.
-        started = keras.ops.greater_equal(self.iterations, 0)
-        for variable, average, value in zip(trainable_variables, averages, old):
+        for average, value in zip(averages, old):
             if average is not None:
-                value = keras.ops.where(started, value, variable)
                 average.assign(keras.ops.where(taken, average, value))
+
+    def _overwrite_model_variables_with_average_value(
+        self, trainable_variables: Any
+    ) -> None:
+        overwrite = super()._overwrite_model_variables_with_average_value
+        if not self.skip_nonfinite:
+            overwrite(trainable_variables)
+            return
+        # Before the first step that is taken there is no average, and the one
+        # after it is the weights.
+        keras.ops.cond(
+            keras.ops.greater(self.iterations, 0),
+            lambda: overwrite(trainable_variables),
+            lambda: None,
+        )
+
+    def _clip_gradients(self, grads: Any) -> Any:
+        clipped = super()._clip_gradients(grads)
+        if self.skip_nonfinite and self.clipvalue:
+            # An infinity must not pass as the largest value.
+            clipped = [
+                keras.ops.where(keras.ops.isfinite(g), c, g)
+                for g, c in zip(grads, clipped)
+            ]
+        return clipped
 
     def _backend_update_step(
         self, grads: Any, trainable_variables: Any, learning_rate: Any

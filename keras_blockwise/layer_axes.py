@@ -11,10 +11,11 @@ each of its axes:
     head     indexes attention heads, in a projection from which heads are made
 
 An axis may have two meanings, joined by "+"; "..." repeats the one before it
-for as many axes as there are. A key "child/weight" speaks of the weight of a
-sublayer by the sublayer's name, and goes before what the sublayer's own class
-says; "*" stands for all other weights. A function of the layer takes the place
-of an entry where the axes depend on its arguments.
+for as many axes as there are; "output/2" at the end are the outputs of a
+convolution in 2 groups, each with inputs of its own. A key "child/weight"
+speaks of the weight of a sublayer by the sublayer's name, and goes before what
+the sublayer's own class says; "*" stands for all other weights. A function of
+the layer takes the place of an entry where the axes depend on its arguments.
 """
 
 from collections.abc import Callable
@@ -63,7 +64,7 @@ ATTENTION = projections(
 
 def einsum_dense(layer: Layer) -> Entry:
     """The axes of an EinsumDense, from its equation alone."""
-    inputs, _, rest = layer.equation.replace(" ", "").partition(",")
+    inputs, _, rest = layer.equation.partition(",")
     kernel, _, outputs = rest.partition("->")
     meanings = [
         "+".join(["input"] * (i in inputs) + ["output"] * (i in outputs))
@@ -79,6 +80,15 @@ def einsum_dense(layer: Layer) -> Entry:
     }
 
 
+def convolution(layer: Layer) -> Entry:
+    return {
+        "kernel": ("conv", f"spatial ... input output/{layer.groups}"),
+        "bias": BIAS,
+        "lora_kernel_a": CONV,
+        "lora_kernel_b": LINEAR,
+    }
+
+
 # By the root package and the name of the class: not all classes are public.
 LAYER_AXES: dict[str, Entry | Callable[[Layer], Entry]] = {
     "keras.AdditiveAttention": {"scale": ("vector", "input")},
@@ -86,12 +96,7 @@ LAYER_AXES: dict[str, Entry | Callable[[Layer], Entry]] = {
         "scale": ("vector", ""),
         "concat_score_weight": ("vector", ""),
     },
-    "keras.BaseConv": {
-        "kernel": CONV,
-        "bias": BIAS,
-        "lora_kernel_a": CONV,
-        "lora_kernel_b": LINEAR,
-    },
+    "keras.BaseConv": convolution,
     "keras.BaseConvTranspose": {
         "kernel": ("conv", "spatial ... output input"),
         "bias": BIAS,
@@ -185,7 +190,7 @@ def register_layer_axes(
     ```
     """
     for name, meanings in weights.items():
-        words = meanings.replace("+", " ").split()
+        words = str(meanings).replace("+", " ").split()
         if words[:1] == ["..."] or set(words) - MEANINGS:
             raise ValueError(
                 f"The axes of weight {name!r} must be words of "
@@ -237,7 +242,8 @@ def parse(weight: Weight, kind: str, meanings: str) -> Axes:
         meaning: tuple(i for i, word in enumerate(words) if meaning in word)
         for meaning in ("output", "input", "spatial", "head")
     }
-    return Axes(**roles, kind=kind)
+    groups = int(meanings.partition("/")[2] or 1)
+    return Axes(**roles, kind=kind, groups=groups)
 
 
 def axes_of(weight: Weight, layer: Layer, parents: list[Layer]) -> Axes | None:
@@ -268,8 +274,10 @@ def meanings_in(model: Layer) -> dict[int, Meaning]:
         parents.setdefault(id(layer), [])
         for leaf in {id(leaf): leaf for leaf in leaves(vars(layer))}.values():
             if isinstance(leaf, keras.Variable):
-                variables[id(leaf)] = leaf
-                holders.setdefault(id(leaf), []).append(layer)
+                # A quantized kernel has another shape, and is not trained.
+                if keras.backend.is_float_dtype(leaf.dtype):
+                    variables[id(leaf)] = leaf
+                    holders.setdefault(id(leaf), []).append(layer)
             else:
                 if id(leaf) not in parents:
                     visit(leaf)
@@ -284,13 +292,15 @@ def meanings_in(model: Layer) -> dict[int, Meaning]:
         axes = owner and axes_of(weight, owner, parents[id(owner)])
         meanings[key] = Meaning(
             names[id(owner or holders[key][0])],
-            (axes,) if axes else UNKNOWN,
+            (axes,) if axes else unknown(len(weight.shape)),
         )
     return meanings
 
 
-# One block, unless the scheme does the same whatever the axes mean.
-UNKNOWN = (Axes(), Axes(output=(0,)))
+def unknown(rank: int) -> tuple[Axes, ...]:
+    """One block, in doubt wherever a scheme could make several."""
+    axes = tuple(range(rank))
+    return Axes(), Axes(axes, axes, kind="dense")
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -318,6 +328,7 @@ def unique_names(layers: list[Layer]) -> dict[int, str]:
     counts: dict[str, int] = {}
     names = {}
     for layer in layers:
-        count = counts[layer.path] = counts.get(layer.path, -1) + 1
-        names[id(layer)] = f"{layer.path}#{count}" if count else layer.path
+        path = layer.path or layer.name  # No path before it is built.
+        count = counts[path] = counts.get(path, -1) + 1
+        names[id(layer)] = f"{path}#{count}" if count else path
     return names

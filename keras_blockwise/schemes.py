@@ -30,7 +30,8 @@ def output_unit(shape: Shape, axes: Axes) -> Shape:
 
 
 def input_unit(shape: Shape, axes: Axes) -> Shape:
-    return keep(axes.input, shape)
+    tile = keep(axes.input, shape)
+    return (*tile[:-1], tile[-1] // axes.groups) if axes.groups > 1 else tile
 
 
 def filter_(shape: Shape, axes: Axes) -> Shape:

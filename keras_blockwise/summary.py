@@ -78,12 +78,7 @@ class Summary:
         sources = sorted({row.source for row in self.rows})
         table = Table(
             title=f"{self.optimizer}, blocks by {' and '.join(sources)}",
-            caption=(
-                f"{len(self.rows)} variables in {self.num_blocks:,} blocks; "
-                f"state {to_text(self.state_bytes)}, "
-                f"{self.state_bytes / max(self.adam_bytes, 1):.1%} of the "
-                f"{to_text(self.adam_bytes)} of Adam"
-            ),
+            title_justify="left",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             pad_edge=False,
@@ -97,11 +92,12 @@ class Summary:
             if top:
                 table.add_row(top)
             for name, rows in lines:
+                num_blocks = sum(row.num_blocks for row in rows)
                 cells = [
                     f"  {name}" if top else name,
                     the_only({str(row.shape) for row in rows}),
                     the_only({str(row.block_shape) for row in rows}),
-                    f"{sum(row.num_blocks for row in rows):,}",
+                    f"{num_blocks:,}" if num_blocks else "shared",
                     to_text(sum(row.state_bytes for row in rows)),
                     the_only({row.source for row in rows}),
                 ]
@@ -109,7 +105,14 @@ class Summary:
         console = Console(width=WIDTH)
         with console.capture() as capture:
             console.print(table)
-        return capture.get().rstrip()
+        printed = [line.rstrip() for line in capture.get().splitlines()]
+        total = (
+            f"{len(self.rows)} variables in {self.num_blocks:,} blocks; state "
+            f"{to_text(self.state_bytes)}, "
+            f"{self.state_bytes / max(self.adam_bytes, 1):.1%} of the "
+            f"{to_text(self.adam_bytes)} of Adam"
+        )
+        return "\n".join([*filter(None, printed), total])
 
 
 def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
@@ -135,7 +138,7 @@ def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
     """
     variables = None
     if isinstance(optimizer, keras.Model):
-        model, optimizer = optimizer, optimizer.optimizer
+        model, optimizer = optimizer, getattr(optimizer, "optimizer", None)
         if not model.built:
             raise ValueError(
                 "`optimizer` must be a built optimizer or a built model. "
