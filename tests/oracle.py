@@ -1,0 +1,175 @@
+"""The truth in float64 NumPy: every formula, written without the package.
+
+A block is a label: `labels[k]` is an array of integers of the shape of variable
+`k`, and coordinates with one label, also those of different variables, share
+one accumulator.
+"""
+
+import numpy as np
+
+
+def tile_labels(shape, tile, start=0):
+    """One label per tile of `shape`, by looking at every coordinate."""
+    tile = [n if t is None else t for n, t in zip(shape, tile)]
+    seen = {}
+    labels = np.zeros(shape, int)
+    for index in np.ndindex(*shape):
+        corner = tuple(i // t for i, t in zip(index, tile))
+        labels[index] = seen.setdefault(corner, start + len(seen))
+    return labels
+
+
+def one_label(shape, label):
+    """All of a variable in one block, which others may share."""
+    return np.full(shape, label)
+
+
+class Oracle:
+    """Weights, block statistics and momenta, all in float64.
+
+    Args:
+        weights: Initial value of each variable.
+        labels: Label array of each variable.
+        store: What storing a weight does to it, such as rounding.
+        store_momentum: What storing a momentum does to it.
+        **hyper: The hyper-parameters of `update`.
+    """
+
+    def __init__(
+        self,
+        weights,
+        labels,
+        store=np.float64,
+        store_momentum=np.float64,
+        **hyper,
+    ):
+        self.weights = [np.array(w, np.float64) for w in weights]
+        self.labels = labels
+        self.store = store
+        self.store_momentum = store_momentum
+        self.hyper = hyper
+        self.t = 0
+        size = 1 + max(label.max() for label in labels)
+        # Keras's initializers know such a number in float32 only.
+        initial = np.float32(hyper.pop("initial_accumulator_value", 0.0))
+        self.velocity = np.full(size, initial, np.float64)
+        self.velocity_hat = np.zeros(size)
+        self.average_gradient = np.zeros(size)
+        self.momentum = [np.zeros_like(w) for w in self.weights]
+
+    def step(self, gradients, learning_rate):
+        """One step; `None` stands for a missing gradient."""
+        self.t += 1
+        present = [k for k, g in enumerate(gradients) if g is not None]
+        labels = np.concatenate([self.labels[k].ravel() for k in present])
+        flat = np.concatenate([np.ravel(gradients[k]) for k in present])
+        flat = flat.astype(np.float64)
+        size = len(self.velocity)
+        count = np.bincount(labels, minlength=size)
+        squares = np.bincount(labels, flat**2, size)
+        sums = np.bincount(labels, flat, size)
+        for b in np.unique(labels):
+            self.accumulate(b, squares[b] / count[b], sums[b] / count[b])
+        for k in present:
+            g = np.array(gradients[k], np.float64)
+            m = self.momentum[k]
+            v, a = self.of_variable(k)
+            m, change = self.update(learning_rate, g, m, v, a, **self.hyper)
+            self.momentum[k] = np.array(self.store_momentum(m), np.float64)
+            w = self.store(self.weights[k] + change)
+            self.weights[k] = np.array(w, np.float64)
+
+    def of_variable(self, k):
+        """The velocity in the root and the mean gradient, per coordinate."""
+        v = self.velocity_hat if self.hyper.get("amsgrad") else self.velocity
+        return v[self.labels[k]], self.average_gradient[self.labels[k]]
+
+    def accumulate(self, b, mean_square, mean):
+        decay, weight = self.coefficients(**self.hyper)
+        self.velocity[b] = decay * self.velocity[b] + weight * mean_square
+        self.velocity_hat[b] = max(self.velocity_hat[b], self.velocity[b])
+        self.average_gradient[b] = (
+            decay * self.average_gradient[b] + weight * mean
+        )
+
+
+class BlockAdam(Oracle):
+    def coefficients(self, beta_2=0.999, **_):
+        return beta_2, 1 - beta_2
+
+    def update(
+        self, lr, g, m, v, a, beta_1=0.9, beta_2=0.999, epsilon=1e-7, **_
+    ):
+        m = beta_1 * m + (1 - beta_1) * g
+        lr = lr * np.sqrt(1 - beta_2**self.t) / (1 - beta_1**self.t)
+        return m, -lr * m / (np.sqrt(v) + epsilon)
+
+
+class AdamMini(BlockAdam):
+    """Divides by the root of the corrected velocity, plus epsilon."""
+
+    def update(
+        self, lr, g, m, v, a, beta_1=0.9, beta_2=0.999, epsilon=1e-8, **_
+    ):
+        m = beta_1 * m + (1 - beta_1) * g
+        m_hat = m / (1 - beta_1**self.t)
+        v_hat = v / (1 - beta_2**self.t)
+        return m, -lr * m_hat / (np.sqrt(v_hat) + epsilon)
+
+
+class BAGM(Oracle):
+    def coefficients(
+        self, accumulator="exponential", beta_2=0.999, power=3.0, **_
+    ):
+        if accumulator == "polynomial":
+            weight = (power + 1) / (self.t + power)
+            return 1 - weight, weight
+        return beta_2, 1 - beta_2
+
+    def update(
+        self,
+        lr,
+        g,
+        m,
+        v,
+        a,
+        momentum=0.9,
+        nesterov=True,
+        accumulator="exponential",
+        beta_2=0.999,
+        epsilon=1e-7,
+        **_,
+    ):
+        exponential = accumulator == "exponential"
+        correction = 1 - beta_2**self.t if exponential else 1.0
+        p = lr * np.sqrt(correction) * g / (np.sqrt(v) + epsilon)
+        # Written as by the authors, with the sign of the step in m.
+        m = momentum * -m - p
+        return -m, momentum * m - p if nesterov else m
+
+
+class BAG(Oracle):
+    def __init__(self, *args, initial_accumulator_value=0.1, **kwargs):
+        super().__init__(
+            *args,
+            initial_accumulator_value=initial_accumulator_value,
+            **kwargs,
+        )
+
+    def coefficients(self, **_):
+        return 1.0, 1.0
+
+    def update(self, lr, g, m, v, a, epsilon=1e-7):
+        return m, -lr * g / np.sqrt(v + epsilon)
+
+
+class BlockRMSprop(Oracle):
+    def coefficients(self, rho=0.9, **_):
+        return rho, 1 - rho
+
+    def update(
+        self, lr, g, m, v, a, momentum=0.0, epsilon=1e-7, centered=False, **_
+    ):
+        variance = v - a**2 if centered else v
+        m = momentum * m + lr * g / np.sqrt(variance + epsilon)
+        return m, -m
