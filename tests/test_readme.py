@@ -1,0 +1,41 @@
+"""README.md: its Python runs, what it prints is there, nothing is left out."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import keras_blockwise as kb
+
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+PUBLIC_HOSTS = {"arxiv.org", "jmlr.org"}
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def test_python_runs_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    assert blocks("python")
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), names)
+        printed = re.sub(r" +$", "", capsys.readouterr().out, flags=re.M)
+        assert not printed or printed in blocks("text"), printed
+    with pytest.warns(UserWarning) as warned:
+        kb.BlockAdam().build(names["transformer"].trainable_variables)
+    assert [f"UserWarning: {warned[0].message}\n"] == [
+        text for text in blocks("text") if "Warning" in text
+    ]
+
+
+@pytest.mark.parametrize("name", kb.__all__)
+def test_mentions_every_public_name(name):
+    assert re.search(rf"\bkb\.{name}\b", README)
+
+
+def test_names_no_machine():
+    assert set(re.findall(r"\w+://([^/)\s]+)", README)) <= PUBLIC_HOSTS
+    assert not re.search(r"/(home|mnt|opt|root|tmp|Users|usr|work)/", README)
+    assert not re.search(r"\b\d+\.\d+\.\d+\.\d+\b|localhost", README)
