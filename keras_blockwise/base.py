@@ -11,7 +11,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_blockwise.axes import Weight
 from keras_blockwise.blocking import Blocking
 from keras_blockwise.blocking import Row
 from keras_blockwise.blocking import Tile
@@ -29,6 +28,8 @@ from keras_blockwise.step import mean_square
 Tensor = Any
 Variable = Any
 
+# Kinds of the variables that an optimizer has before it is built.
+INITIAL = {"iteration", "learning_rate", "skipped_steps"}
 REMEDY = (
     "Nothing was loaded. Compile the model with the optimizer and the blocking "
     "that were saved, or load the weights without the optimizer."
@@ -78,7 +79,6 @@ class BlockwiseOptimizer(FusedOptimizer):
         self.blocking = blocking
         self.momentum_dtype = momentum_dtype
         self._state: State | None = None
-        self._num_base_variables = len(self.variables)
 
     # Optimizers of one family have the same state, up to its blocks.
     state_family: str = ""
@@ -111,7 +111,6 @@ class BlockwiseOptimizer(FusedOptimizer):
             return
         rows, slots = self.plan(variables)
         super().build(variables)
-        self._num_base_variables = len(self.variables)
         slot_variables = [
             self.add_slot(variables[s.index], s.name, s.shape, s.dtype, s.value)
             for s in slots
@@ -240,6 +239,7 @@ class BlockwiseOptimizer(FusedOptimizer):
         return {
             **super().get_config(),
             "blocking": blocking.get_config(),
+            "momentum_dtype": self.momentum_dtype,
             "jit_compile": self.jit_compile,
             "skip_nonfinite": self.skip_nonfinite,
         }
@@ -280,13 +280,10 @@ class BlockwiseOptimizer(FusedOptimizer):
                 f"The saved state must be one of {own_name}. Received: the "
                 f"state of {name}. {REMEDY}"
             )
-        variables = self.variables
-        if len(slots) == self._num_base_variables:
-            variables = variables[: len(slots)]  # Saved before the first step.
-        expected = [
-            f"{slot} {tuple(variable.shape)}"
-            for slot, variable in zip(self._saved_names(), variables)
-        ]
+        own = list(zip(self._saved_names(), self.variables))
+        if INITIAL.issuperset(slots):  # Saved before the first step.
+            own = [(slot, v) for slot, v in own if slot in INITIAL]
+        expected = [f"{slot} {tuple(variable.shape)}" for slot, variable in own]
         received = [
             f"{slot} {tuple(saved[str(i)].shape)}"
             for i, slot in enumerate(slots)
@@ -295,7 +292,7 @@ class BlockwiseOptimizer(FusedOptimizer):
             if ours != theirs:
                 raise ValueError(
                     f"The saved state must have the blocks of this optimizer. "
-                    f"{variables[i].name!r} is {ours}. Received: {theirs}. "
+                    f"{own[i][1].name!r} is {ours}. Received: {theirs}. "
                     f"{REMEDY}"
                 )
         if len(expected) != len(received):
@@ -303,20 +300,16 @@ class BlockwiseOptimizer(FusedOptimizer):
                 f"The saved state must have {len(expected)} variables. "
                 f"Received: {len(received)}. {REMEDY}"
             )
-        for i, variable in enumerate(variables):
+        for i, (_, variable) in enumerate(own):
             variable.assign(saved[str(i)])
 
     def _saved_names(self) -> list[str]:
         """Kind of each variable of the optimizer, in saved order."""
-        names = [
-            base_slot_name(variable.name)
-            for variable in self.variables[: self._num_base_variables]
+        own = {} if self._state is None else self._state.slot_names
+        return [
+            own.get(id(variable)) or base_slot_name(variable.name)
+            for variable in self.variables
         ]
-        if self._state is not None:
-            for slot in self._state.slots:
-                variable = self._state.variables[slot.index]
-                names.append(f"{Weight.of(variable).name}/{slot.name}")
-        return names
 
     @property
     def block_state(self) -> State:
@@ -336,13 +329,7 @@ def decode(names: Any) -> list[str]:
 
 def base_slot_name(variable_name: str) -> str:
     """Kind of a variable that Keras's own base class has made."""
-    kinds = (
-        "iteration",
-        "learning_rate",
-        "skipped_steps",
-        "average",
-        "gradient_accumulator",
-    )
+    kinds = (*INITIAL, "average", "gradient_accumulator")
     return next(kind for kind in kinds if variable_name.endswith(kind))
 
 

@@ -92,6 +92,10 @@ class Blocking:
         rules: Exceptions, a mapping from the path of a variable to a scheme
             or a tuple. A key is a path, or else a regular expression that
             matches a whole path.
+        table: Set by `from_config`: the blocks of a saved optimizer.
+        exact: Set by `from_model`: whether nothing is to be guessed.
+        model: Set by `from_model`: a weak reference to the model, since a
+            model that holds itself through its optimizer cannot be loaded.
 
     Raises:
         ValueError, TypeError: If a scheme is unknown, or a tuple or a regular
@@ -111,11 +115,8 @@ class Blocking:
 
     scheme: str | Tile = "output_unit"
     rules: Mapping[str, str | Tile] = field(default_factory=dict)
-    # The blocks of a saved optimizer, which `from_config` puts here.
     table: tuple[Row, ...] | None = field(default=None, repr=False)
-    # Whether a model has been asked, so that nothing is to be guessed.
     exact: bool = field(default=False, repr=False)
-    # Weak: a model that holds itself through its optimizer cannot be loaded.
     model: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -127,6 +128,11 @@ class Blocking:
             )
         object.__setattr__(self, "rules", dict(self.rules or {}))
         for pattern, scheme in self.rules.items():
+            if not isinstance(pattern, str):
+                raise TypeError(
+                    "A key of `rules` must be a string, the path of a variable "
+                    f"or a regular expression. Received: {pattern!r}."
+                )
             check_scheme(f"`rules[{pattern!r}]`", scheme)
             try:
                 re.compile(pattern)
@@ -246,7 +252,7 @@ class Blocking:
         weights: Sequence[Weight],
         meanings: Sequence[Meaning],
         other_paths: Sequence[str],
-    ) -> tuple[tuple[Row, ...], list[Row]]:
+    ) -> tuple[tuple[Row, ...], list[tuple[str, Row]]]:
         """The blocks of variables, and those of them that may be wrong."""
         rows = []
         doubtful = []
@@ -268,7 +274,7 @@ class Blocking:
             )
             unsure = scheme == "layer" and not meaning.sure_of_layer
             if unsure or len(set(tiles)) > 1:
-                doubtful.append(rows[-1])
+                doubtful.append((weight.path, rows[-1]))
         return tuple(rows), doubtful
 
     def get_config(self) -> dict[str, Any]:
@@ -373,9 +379,9 @@ def find_rows(
             row
             for row in table
             if (row.name, row.partition.shape) == (weight.name, weight.shape)
-            and row.layer.rpartition("/")[2] == layer
+            and row.layer.rpartition("/")[2].partition("#")[0] == layer
         ]
-        if len(rows) != 1:
+        if len(rows) != 1 or rows[0] in found:
             return None
         found += rows
     return tuple(found)
@@ -394,12 +400,12 @@ def first_misfit(table: Sequence[Row], weights: Sequence[Weight]) -> str | None:
     return None
 
 
-def describe(rows: Sequence[Row]) -> str:
+def describe(rows: Sequence[tuple[str, Row]]) -> str:
     lines = []
-    for row in rows[:10]:
+    for path, row in rows[:10]:
         shared = row.partition.group
         lines.append(
-            f"\n  '{row.layer}/{row.name}' of shape {row.partition.shape}: "
+            f"\n  '{path}' of shape {row.partition.shape}: "
             f"blocks of {row.partition.block_shape}"
             + (f", shared in layer {shared!r}" if shared else "")
         )

@@ -10,6 +10,7 @@ import numpy as np
 from keras_blockwise.base import BlockwiseOptimizer
 from keras_blockwise.partition import Partition
 from keras_blockwise.state import State
+from keras_blockwise.state import accumulator_keys
 
 Variable = Any
 Array = Any
@@ -166,13 +167,8 @@ def sharers_of(
     partitions: Sequence[Partition | None],
 ) -> list[set[int]]:
     """For each variable, those that have the same accumulator."""
-    groups: dict[Any, set[int]] = {}
-    for i, partition in enumerate(partitions):
-        groups.setdefault((partition and partition.group) or i, set()).add(i)
-    return [
-        groups[(partition and partition.group) or i]
-        for i, partition in enumerate(partitions)
-    ]
+    keys = accumulator_keys(partitions)
+    return [{j for j, k in enumerate(keys) if k == key} for key in keys]
 
 
 def block_means(
@@ -184,6 +180,7 @@ def block_means(
     sums: dict[Any, Array] = {}
     sizes: dict[Any, int] = {}
     keys = {}
+    new_keys = accumulator_keys(new)
     for i, value in values.items():
         p, q = old[i], new[i]
         if p is None or q is None:
@@ -194,7 +191,7 @@ def block_means(
             x = np.repeat(x, n, axis)
         for axis, n in enumerate(q.block_shape):
             x = np.add.reduceat(x, np.arange(0, x.shape[axis], n), axis)
-        keys[i] = q.group or i
+        keys[i] = new_keys[i]
         sums[keys[i]] = sums.get(keys[i], 0.0) + x.reshape(q.accumulator_shape)
         sizes[keys[i]] = sizes.get(keys[i], 0) + q.block_size
     return {i: sums[key] / sizes[key] for i, key in keys.items()}

@@ -211,7 +211,8 @@ class FusedOptimizer(keras.optimizers.Optimizer):
             update_replicas,
             self._distribution_strategy,
             grads,
-            tf.convert_to_tensor(learning_rate),
+            # One dtype for one compiled update, whatever a callable returns.
+            tf.cast(learning_rate, keras.config.floatx()),
             tf.convert_to_tensor(self.iterations),
         )
 

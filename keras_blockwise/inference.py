@@ -58,7 +58,8 @@ def possible_axes(
         At least one `Axes`, the likeliest first.
     """
     name, shape, rank = weight.name, weight.shape, len(weight.shape)
-    layer = re.sub(r"_\d+$", "", weight.layer_path.rpartition("/")[2])
+    parent_path = weight.layer_path.rpartition("/")[0]
+    layer = default_name(weight.layer_path)
     if layer == "additive_attention":
         return (fan_in(rank),)
     if name == "scale":
@@ -75,6 +76,8 @@ def possible_axes(
     if layer in LAYERS:
         return (LAYERS[layer](rank),)
     likely = projection(layer, rank)
+    if likely and default_name(parent_path) in ATTENTION:
+        return tuple(likely)
     likely += [convolution(rank), transposed(rank)]
     if rank > 2:
         likely += [depthwise(rank)]
@@ -84,6 +87,11 @@ def possible_axes(
     bias = siblings["bias"]
     fitting = tuple(axes for axes in likely if bias == bias_shape(axes, shape))
     return fitting or (Axes(), *likely)
+
+
+def default_name(path: str) -> str:
+    """The last name of a path, without the number that Keras adds to it."""
+    return re.sub(r"_\d+$", "", path.rpartition("/")[2])
 
 
 def vector(rank: int, kind: str = "vector") -> Axes:
@@ -162,6 +170,9 @@ KERNELS = {
     "recurrent_kernel": recurrent,
     "reverse_embeddings": convolution,
 }
+
+# Default names of layers whose projections have names of Keras's own.
+ATTENTION = {"grouped_query_attention", "multi_head_attention"}
 
 # Default names of layers.
 LAYERS = {

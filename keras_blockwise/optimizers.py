@@ -114,7 +114,6 @@ class BlockAdam(BlockwiseOptimizer):
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
             "amsgrad": self.amsgrad,
-            "momentum_dtype": self.momentum_dtype,
         }
 
 
@@ -333,7 +332,6 @@ class BAGM(BlockwiseOptimizer):
             "beta_2": self.beta_2,
             "power": self.power,
             "epsilon": self.epsilon,
-            "momentum_dtype": self.momentum_dtype,
         }
 
 
@@ -515,5 +513,4 @@ class BlockRMSprop(BlockwiseOptimizer):
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "centered": self.centered,
-            "momentum_dtype": self.momentum_dtype,
         }

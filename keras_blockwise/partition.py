@@ -66,8 +66,8 @@ class Partition:
 
     @property
     def block_size(self) -> int:
-        """Number of coordinates in one block."""
-        return math.prod(self.block_shape)
+        """Number of coordinates in one block, of this variable."""
+        return math.prod(self.block_shape if self.group is None else self.shape)
 
     @property
     def accumulator_shape(self) -> Shape:

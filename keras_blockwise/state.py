@@ -68,8 +68,8 @@ def accumulator_keys(
 ) -> list[str | int | None]:
     """What each variable's accumulator is known by; a group's is shared."""
     return [
-        None if partition is None else partition.group or i
-        for i, partition in enumerate(partitions)
+        i if p is None or p.group is None else p.group
+        for i, p in enumerate(partitions)
     ]
 
 
@@ -134,6 +134,10 @@ class State:
         self.variables = tuple(variables)
         self.rows = tuple(rows)
         self.slots = tuple(slots)
+        self.slot_names = {
+            id(variable): f"{Weight.of(variables[slot.index]).name}/{slot.name}"
+            for slot, variable in zip(slots, slot_variables)
+        }
         self._partitions = {
             i: row.partition for i, row in enumerate(rows) if row
         }

@@ -58,11 +58,13 @@ class Rule:
 def block_mean(xs: Sequence[Tensor], partitions: Sequence[Partition]) -> Tensor:
     """Mean over each block; variables that share blocks count by their size."""
     total = sum(block_sum(x, p) for x, p in zip(xs, partitions))
-    return total / sum(p.block_size for p in partitions)
+    return total / max(sum(p.block_size for p in partitions), 1)
 
 
 def block_sum(x: Tensor, p: Partition) -> Tensor:
     """Sum over each block, of shape `accumulator_shape`."""
+    if p.group is not None:
+        return ops.sum(x)
     x = ops.reshape(x, p.view_shape)
     if p.view_axes:  # An empty tuple means every axis on some backends.
         x = ops.sum(x, axis=p.view_axes)
@@ -71,6 +73,12 @@ def block_sum(x: Tensor, p: Partition) -> Tensor:
 
 def scale_blocks(scale: Tensor, x: Tensor, p: Partition) -> Tensor:
     """`x` with each of its blocks multiplied by its entry of `scale`."""
+    if p.group is not None:
+        return x * scale
+    if len(p.view_shape) > 5:  # TensorFlow broadcasts no higher without XLA.
+        for axis, n in enumerate(p.block_shape):
+            scale = ops.repeat(scale, n, axis=axis)
+        return x * scale
     x = ops.reshape(x, p.view_shape) * ops.reshape(scale, p.view_grid)
     return ops.reshape(x, p.shape)
 
