@@ -1,0 +1,344 @@
+"""`kb.summary`: what got which blocks, in rows that add up, and in a table."""
+
+import json
+import math
+import re
+
+import keras
+import numpy as np
+import pytest
+from transformer import transformer
+
+import keras_blockwise as kb
+
+L = keras.layers
+IDS = np.arange(15).reshape(3, 5) % 11
+LOGITS = np.zeros((3, 5, 11))
+
+
+def bytes_of(optimizer, *without):
+    """Bytes of an optimizer's state, but for its counters and the like."""
+    scalars = {"iteration", "learning_rate", *without}
+    return sum(
+        math.prod(variable.shape) * np.dtype(variable.dtype).itemsize
+        for variable in optimizer.variables
+        if variable.name not in scalars
+    )
+
+
+def mlp(**kwargs):
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            L.Dense(3, name="hidden", **kwargs),
+            L.Dense(2, name="out", **kwargs),
+        ],
+        name="mlp",
+    )
+
+
+def built(optimizer, model):
+    optimizer.build(model.trainable_variables)
+    return optimizer
+
+
+def exact(model, scheme="output_unit", rules=None, cls=kb.BlockAdam, **kwargs):
+    blocking = kb.Blocking.from_model(model, scheme, rules)
+    return cls(blocking=blocking, jit_compile=False, **kwargs)
+
+
+def test_rows():
+    model = mlp()
+    optimizer = exact(model, "layer", {"mlp/out/kernel": (None, 1)})
+    report = kb.summary(built(optimizer, model))
+    # Momentum, 4 bytes per weight; and second moments, 4 bytes per block, which
+    # the first variable of a group has for all.
+    assert [vars(row) for row in report.rows] == [
+        {
+            "path": "mlp/hidden/kernel",
+            "layer": "mlp/hidden",
+            "shape": (4, 3),
+            "source": "layer",
+            "block_shape": (4, 3),
+            "num_blocks": 1,
+            "group": "mlp/hidden",
+            "state_bytes": 4 * 12 + 4,
+            "adam_bytes": 8 * 12,
+        },
+        {
+            "path": "mlp/hidden/bias",
+            "layer": "mlp/hidden",
+            "shape": (3,),
+            "source": "layer",
+            "block_shape": (3,),
+            "num_blocks": 0,
+            "group": "mlp/hidden",
+            "state_bytes": 4 * 3,
+            "adam_bytes": 8 * 3,
+        },
+        {
+            "path": "mlp/out/kernel",
+            "layer": "mlp/out",
+            "shape": (3, 2),
+            "source": "rule 'mlp/out/kernel'",
+            "block_shape": (3, 1),
+            "num_blocks": 2,
+            "group": None,
+            "state_bytes": 4 * 6 + 4 * 2,
+            "adam_bytes": 8 * 6,
+        },
+        {
+            "path": "mlp/out/bias",
+            "layer": "mlp/out",
+            "shape": (2,),
+            "source": "layer",
+            "block_shape": (2,),
+            "num_blocks": 1,
+            "group": "mlp/out",
+            "state_bytes": 4 * 2 + 4,
+            "adam_bytes": 8 * 2,
+        },
+    ]
+    assert report.optimizer == "BlockAdam"
+    assert report.num_blocks == 4
+    assert report.state_bytes == 52 + 12 + 32 + 12
+    assert report.adam_bytes == 8 * 23
+
+
+# Every optimizer, with and without momentum, and with more statistics.
+OPTIMIZERS = {
+    "BlockAdam": (kb.BlockAdam, {}),
+    "amsgrad": (kb.BlockAdam, {"amsgrad": True}),
+    "bfloat16": (kb.BlockAdam, {"momentum_dtype": "bfloat16"}),
+    "AdamMini": (kb.AdamMini, {}),
+    "BAGM": (kb.BAGM, {}),
+    "BAGM without": (kb.BAGM, {"momentum": 0.0}),
+    "BAG": (kb.BAG, {}),
+    "BlockRMSprop": (kb.BlockRMSprop, {}),
+    "centered": (kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
+}
+SCHEMES = ["coordinate", "output_unit", "head", "layer", "model", "adam_mini"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_totals_are_the_bytes_that_there_are(scheme, dtype):
+    model = transformer(dtype=dtype)
+    adam = built(keras.optimizers.Adam(), model)
+    for cls, kwargs in OPTIMIZERS.values():
+        optimizer = built(exact(model, scheme, cls=cls, **kwargs), model)
+        report = kb.summary(optimizer)
+        assert report.state_bytes == bytes_of(optimizer)
+        assert report.adam_bytes == bytes_of(adam)
+        assert len(report.rows) == len(model.trainable_variables)
+        # Those that share an accumulator share one block.
+        expected = {
+            p.group or id(p): p.num_blocks for p in optimizer.partitions
+        }
+        assert report.num_blocks == sum(expected.values())
+
+
+def test_coordinate_blocks_cost_what_adam_costs():
+    model = mlp()
+    report = kb.summary(built(exact(model, "coordinate"), model))
+    assert report.state_bytes == report.adam_bytes
+
+
+def test_state_that_keras_adds_is_not_counted():
+    model = mlp()
+    kwargs = {"use_ema": True, "gradient_accumulation_steps": 2}
+    plain = kb.summary(built(exact(model), model))
+    more = kb.summary(built(exact(model, **kwargs), model))
+    assert more.rows == plain.rows
+
+
+def test_the_state_of_lora():
+    model = transformer()
+    for layer in model.layers:
+        if isinstance(layer, L.Dense):
+            layer.enable_lora(2)
+    optimizer = built(exact(model), model)
+    report = kb.summary(optimizer)
+    assert report.state_bytes == bytes_of(optimizer)
+    paths = [variable.path for variable in model.trainable_variables]
+    assert [row.path for row in report.rows] == paths
+
+
+def test_variables_without_an_update_have_no_row():
+    model = mlp()
+    model.layers[0].quantize("float8")
+    optimizer = built(exact(model), model)
+    report = kb.summary(optimizer)
+    assert [row.path for row in report.rows] == [
+        "mlp/hidden/kernel",
+        "mlp/hidden/bias",
+        "mlp/out/kernel",
+        "mlp/out/bias",
+    ]
+    assert report.state_bytes == bytes_of(optimizer)
+
+
+# Where the optimizer comes from.
+
+
+def test_compiled_model_before_training():
+    model = mlp()
+    optimizer = exact(model)
+    model.compile(optimizer, "mse")
+    report = kb.summary(model)
+    assert not optimizer.built
+    assert len(optimizer.variables) == 2
+    model.fit(np.ones((2, 4)), np.ones((2, 2)), verbose=0)
+    assert kb.summary(model) == report == kb.summary(optimizer)
+
+
+def test_loaded_model(tmp_path):
+    model = transformer()
+    model.compile(exact(model, "head"), "mse")
+    model.train_on_batch(IDS, LOGITS)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert kb.summary(loaded) == kb.summary(model)
+
+
+def test_loss_scale_optimizer():
+    model = mlp()
+    optimizer = exact(model)
+    outer = keras.optimizers.LossScaleOptimizer(optimizer)
+    outer.build(model.trainable_variables)
+    report = kb.summary(outer)
+    assert report == kb.summary(optimizer)
+    assert report.state_bytes == bytes_of(optimizer)
+    compiled = mlp()
+    optimizer = exact(compiled)
+    compiled.compile(keras.optimizers.LossScaleOptimizer(optimizer), "mse")
+    assert kb.summary(compiled).rows == report.rows
+    assert not optimizer.built
+
+
+def test_native_variables():
+    import tensorflow as tf
+
+    variable = tf.Variable(np.ones((3, 2), "float32"), name="dense/kernel")
+    optimizer = kb.BlockAdam()
+    optimizer.build([variable])
+    (row,) = kb.summary(optimizer).rows
+    assert (row.path, row.shape) == ("dense/kernel", (3, 2))
+    assert row.state_bytes == 4 * 6 + 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (kb.BlockAdam, ValueError, "BlockAdam must be built"),
+        (lambda: compiled(keras.Sequential([L.Dense(2)])), ValueError, "model"),
+        (keras.optimizers.Adam, TypeError, "Adam object"),
+        (lambda: compiled(mlp(), keras.optimizers.Adam()), TypeError, "Adam"),
+        (mlp, TypeError, "Received: None"),
+        (lambda: 3, TypeError, "Received: 3"),
+    ],
+)
+def test_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        kb.summary(make())
+
+
+def compiled(model, optimizer=None):
+    model.compile(optimizer or kb.BlockAdam(), "mse")
+    return model
+
+
+# The table.
+
+
+def lines_of(report):
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 100
+    return [line.rstrip() for line in lines]
+
+
+def test_table_of_a_small_model():
+    model = mlp()
+    optimizer = exact(model, "layer", {"mlp/out/kernel": (None, 1)})
+    lines = lines_of(kb.summary(built(optimizer, model)))
+    table = [re.sub(r" +", " ", line.strip()) for line in lines]
+    assert "BlockAdam, blocks by" in table[0]
+    text = "\n".join(table)
+    assert "hidden/kernel (4, 3) (4, 3) 1 52 B layer" in text
+    assert "hidden/bias (3,) (3,) shared 12 B layer" in text
+    assert "out/kernel (3, 2) (3, 1) 2 32 B rule 'mlp/out/kernel'" in text
+    assert "4 variables in 4 blocks; state 108 B, 58.7% of the 184 B" in text
+
+
+def resnet(depth):
+    """Many layers that differ by their numbers."""
+    x = inputs = keras.Input((4, 4, 3))
+    x = L.Conv2D(4, 3, padding="same", name="stem_conv")(x)
+    for i in range(depth):
+        y = L.Conv2D(4, 3, padding="same", use_bias=False, name=f"b{i}_conv")(x)
+        y = L.BatchNormalization(name=f"b{i}_bn")(y)
+        x = L.Add()([x, y])
+    return keras.Model(inputs, L.Dense(2, name="top")(L.Flatten()(x)))
+
+
+@pytest.mark.parametrize(
+    ("make", "variables"),
+    [
+        (lambda: resnet(65), 199),
+        (lambda: transformer(num_layers=12), 197),
+        (lambda: keras.Sequential(
+            [keras.Input((3,)), *(L.Dense(3) for _ in range(100))]
+        ), 200),
+    ],
+    ids=["convolutions", "transformer", "dense"],
+)  # fmt: skip
+@pytest.mark.parametrize("scheme", ["output_unit", "layer"])
+def test_long_models_are_folded(make, variables, scheme):
+    model = make()
+    assert len(model.trainable_variables) == variables
+    report = kb.summary(built(exact(model, scheme), model))
+    assert len(report.rows) == variables
+    assert len(lines_of(report)) < 60
+
+
+def test_folded_lines_add_up():
+    model = resnet(65)
+    report = kb.summary(built(exact(model), model))
+    text = re.sub(r" +", " ", "\n".join(lines_of(report)))
+    # 65 kernels of 4 blocks; 65 * (4 * 144 + 4 * 4) bytes.
+    assert re.search(r"\(3, 3, 4, 4\) \(3, 3, 4, 1\) 260 37.6 KiB", text), text
+    assert "(x65)" in text
+    assert f"{report.num_blocks:,} blocks" in text
+
+
+def test_long_names_fit():
+    name = "a_layer_with_a_name_that_nobody_would_ever_type_" * 3
+    model = keras.Sequential(
+        [keras.Input((4,)), L.Dense(3, name=name), L.Dense(2, name="b")]
+    )
+    rules = {rf".*/{name}/kernel": (2, 1)}
+    report = kb.summary(built(exact(model, rules=rules), model))
+    text = "".join("".join(lines_of(report)).split())
+    assert "(2,1)" in text
+
+
+def test_table_says_what_shares():
+    model = mlp()
+    report = kb.summary(built(exact(model, "model"), model))
+    assert [row.num_blocks for row in report.rows] == [1, 0, 0, 0]
+    assert "in 1 blocks" in "\n".join(lines_of(report))
+    assert {row.group for row in report.rows} == {"/"}
+
+
+def test_rows_are_plain_data():
+    model = transformer()
+    report = kb.summary(built(exact(model), model))
+    json.dumps([vars(row) for row in report.rows])
+
+
+def test_empty_optimizer():
+    optimizer = kb.BlockAdam()
+    optimizer.build([])
+    report = kb.summary(optimizer)
+    assert report.rows == ()
+    assert "0 variables" in str(report)
