@@ -1,0 +1,65 @@
+"""Training that is killed again and again ends as if it had not been."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import killed_worker
+import numpy as np
+import pytest
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path):
+    done = subprocess.run(
+        [sys.executable, killed_worker.__file__, str(tmp_path)],
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    steps = killed_worker.STEPS
+    assert report["whole"] == {"first": 0, "last": steps, "status": 0}
+    killed = report["killed"]
+    assert len(killed) == 20
+    assert {run["status"] for run in killed} == {-signal.SIGKILL}
+    # It goes on from the last backup or, if that is torn, the one before.
+    runs = [*killed, report["end"]]
+    for before, after in zip(runs, runs[1:]):
+        assert after["first"] <= before["last"] <= steps
+        assert after["first"] >= before["first"] - 4
+    assert report["end"]["first"] > 2 * killed_worker.STEPS_PER_EPOCH
+    assert report["end"]["last"] == steps
+    assert report["end"]["status"] == 0
+    ends = [
+        np.load(tmp_path / kind / "end.npz") for kind in ("whole", "killed")
+    ]
+    assert ends[0].files == ends[1].files
+    for name in ends[0].files:
+        np.testing.assert_array_equal(ends[0][name], ends[1][name])
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "resume.py"
+
+
+@pytest.mark.slow
+def test_example(tmp_path):
+    command = [sys.executable, "-u", str(EXAMPLE), "--epochs", "3"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as first:
+        printed = iter(first.stdout.readline, "")
+        assert "From step 0 of 120\n" in printed
+        assert any("Epoch 3/3" in line for line in printed)
+        first.kill()
+    assert (tmp_path / "backup").exists()
+    second = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, check=True, text=True
+    )
+    assert "From step 80 of 120\n" in second.stdout
+    assert "Epoch 3/3" in second.stdout
+    assert "Epoch 2/3" not in second.stdout
+    assert not (tmp_path / "backup").exists()
