@@ -19,5 +19,5 @@ tf.config.threading.set_intra_op_parallelism_threads(1)
 
 @pytest.fixture(autouse=True)
 def fresh_keras():
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)  # Collecting takes long.
     keras.utils.set_random_seed(0)

@@ -347,10 +347,6 @@ def test_empty_and_scalar_variables(case):
     assert_differ(values(alone), values(make_variables(shapes)[1:]))
 
 
-@pytest.mark.xfail(
-    reason="an empty variable does not fit the accumulator of its group",
-    strict=True,
-)
 @pytest.mark.parametrize("scheme", ["layer", "model"])
 def test_empty_variable_adds_nothing_to_its_group(scheme):
     shapes = {"a/kernel": (0, 3), "a/bias": (3,)}

@@ -199,8 +199,6 @@ LAYERS = {
         },
     ),
 }
-# The names would tell, but a 3-D kernel is also taken for a convolution's.
-MULTI_HEAD = {"input_unit", "filter"}
 EXACT = ("output_unit", "input_unit", "filter")
 
 
@@ -214,25 +212,10 @@ def test_tiles_from_names_and_shapes(kind):
     columns = dict(zip(EXACT, columns))
     columns["coordinate"] = tuple((1,) * len(shape) for shape in shapes)
     columns["variable"] = columns["layer"] = columns["model"] = shapes
-    if kind == "MultiHeadAttention":
-        for scheme in MULTI_HEAD:
-            del columns[scheme]
     received = {scheme: tuple(tiles(scheme, variables)) for scheme in columns}
     assert received == columns
 
 
-@pytest.mark.xfail(
-    reason="a 3-D kernel is also taken for that of a convolution", strict=True
-)
-@pytest.mark.parametrize("scheme", sorted(MULTI_HEAD))
-def test_multi_head_attention_from_its_names(scheme):
-    layer, shape, expected = LAYERS["MultiHeadAttention"]
-    column = EXACT.index(scheme) + 1
-    expected = [row[column] for row in expected.values()]
-    assert tiles(scheme, variables_of(layer, *shape)) == expected
-
-
-@pytest.mark.xfail(reason="the names of Keras's own are not used", strict=True)
 @pytest.mark.parametrize(
     "kwargs",
     [{"key_dim": 4}, {"key_dim": 3, "use_bias": False}],
@@ -383,9 +366,6 @@ def test_colliding_paths_do_not_matter_to_other_schemes(scheme):
     assert len(tiles(scheme, colliding())) == 4
 
 
-@pytest.mark.xfail(
-    reason="the layer's unique name is shown as if it were a path", strict=True
-)
 @pytest.mark.parametrize("kind", ["colliding", "without a layer"])
 def test_paths_in_the_warning_can_be_used_in_rules(kind):
     if kind == "colliding":
@@ -444,9 +424,6 @@ def test_who_shares_an_accumulator(scheme, rules, groups, shapes):
     assert groups_of(scheme, rules) == (groups, shapes)
 
 
-@pytest.mark.xfail(
-    reason="the empty path of the layer counts as no group", strict=True
-)
 def test_variables_without_a_layer_share_one():
     shapes = {"kernel": (4, 3), "bias": (3,)}
     assert groups_of("layer", shapes=shapes) == (["", ""], [()])

@@ -100,7 +100,6 @@ def test_scale_blocks_is_that_of_brute_force(partition):
     check_scale_blocks(partition)
 
 
-@pytest.mark.xfail(strict=True, reason="TensorFlow broadcasts up to 5 axes")
 def test_scale_blocks_of_a_tile_that_splits_three_axes():
     check_scale_blocks(Partition((4, 4, 4), (2, 2, 2)))
 

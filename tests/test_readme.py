@@ -1,13 +1,15 @@
 """README.md: its Python runs, what it prints is there, nothing is left out."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 import keras_blockwise as kb
 
-README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
 PUBLIC_HOSTS = {"arxiv.org", "jmlr.org"}
 
 
@@ -39,3 +41,12 @@ def test_names_no_machine():
     assert set(re.findall(r"\w+://([^/)\s]+)", README)) <= PUBLIC_HOSTS
     assert not re.search(r"/(home|mnt|opt|root|tmp|Users|usr|work)/", README)
     assert not re.search(r"\b\d+\.\d+\.\d+\.\d+\b|localhost", README)
+
+
+def test_the_tables_of_the_transformer_are_those_that_are_printed(capsys):
+    example = runpy.run_path(ROOT / "examples" / "blocks.py")
+    example["main"]()
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 4
+    for table in tables:
+        assert f"```text\n{table}\n```" in README

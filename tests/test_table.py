@@ -68,19 +68,8 @@ def named_parameters(optimizer_class):
     }
 
 
-FORGETFUL = (kb.BAG, "momentum_dtype")
 ARGUMENTS = [
-    pytest.param(
-        cls,
-        name,
-        default,
-        id=f"{cls.__name__}-{name}",
-        marks=pytest.mark.xfail(
-            (cls, name) == FORGETFUL,
-            reason="accepted, not used, and not in the config",
-            strict=True,
-        ),
-    )
+    pytest.param(cls, name, default, id=f"{cls.__name__}-{name}")
     for cls in OPTIMIZERS
     for name, default in named_parameters(cls).items()
 ]
