@@ -136,7 +136,7 @@ class Blocking:
             check_scheme(f"`rules[{pattern!r}]`", scheme)
             try:
                 re.compile(pattern)
-            except (re.error, TypeError) as error:
+            except re.error as error:
                 raise ValueError(
                     "A key of `rules` must be the path of a variable or a "
                     f"regular expression ({error}). Received: {pattern!r}."

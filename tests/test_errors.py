@@ -136,7 +136,7 @@ BLOCKINGS = {
     ),
     "number as a pattern": (
         lambda: kb.Blocking(rules={3: "layer"}),
-        ValueError,
+        TypeError,
         "A key of `rules` must be .*Received: 3",
     ),
     "from_model without a model": (
