@@ -154,4 +154,6 @@ def check_saving(models, folder, imports=""):
     assert received.keys() == expected.keys()
     for path, (partitions, loss) in expected.items():
         assert received[path][0] == partitions, path
-        np.testing.assert_allclose(received[path][1], loss, rtol=1e-4)
+        np.testing.assert_allclose(
+            received[path][1], loss, rtol=1e-4, err_msg=path
+        )

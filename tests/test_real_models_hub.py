@@ -11,6 +11,7 @@ from real_models import check_tiles
 from keras_blockwise.layer_axes import LAYER_AXES
 
 TEXT = {
+    "dropout": 0.0,  # So that the next loss is that of the same network.
     "vocabulary_size": 32,
     "num_layers": 2,
     "num_heads": 2,
