@@ -1,0 +1,114 @@
+"""The goals: ratios that a run has to reach (must) and works for (aim)."""
+
+from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from benchmarks.peers import ADAM
+from benchmarks.peers import ADAM_MINI
+from benchmarks.peers import ADAMW
+from benchmarks.peers import FLOOR
+from benchmarks.peers import Contestant
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on ratios.
+
+    Args:
+        name: What is divided by what.
+        must: What every ratio has to reach.
+        aim: What to work for; `None` if there is no more to reach.
+    """
+
+    name: str
+    must: float
+    aim: float | None = None
+
+
+class Verdict(NamedTuple):
+    """The ratios of one goal, judged by the worst."""
+
+    goal: Goal
+    best: float
+    worst: float
+    worst_name: str
+
+    @property
+    def word(self) -> str:
+        if self.worst > self.goal.must:
+            return "fail"
+        if self.goal.aim is None or self.worst > self.goal.aim:
+            return "must"
+        return "aim"
+
+
+def judge(goal: Goal, ratios: Mapping[str, float]) -> Verdict:
+    worst = max(ratios, key=lambda name: ratios[name])
+    return Verdict(goal, min(ratios.values()), ratios[worst], worst)
+
+
+def step_goals(model: str) -> list[tuple[Goal, str, str]]:
+    """Each goal of a step with its mode and the name of the reference."""
+    resnet = model == "resnet50"
+    return [
+        (Goal("compiled / Keras Adam", 0.78, 0.55), "compiled", ADAM),
+        (
+            Goal("compiled / fused AdamW", 1.7 if resnet else 1.3, 0.9),
+            "compiled",
+            ADAMW,
+        ),
+        (
+            Goal("compiled / adam_mini", 0.85 if resnet else 0.45, 0.35),
+            "compiled",
+            ADAM_MINI,
+        ),
+        (
+            Goal("compiled / 20-byte floor", 2.4 if resnet else 1.7, 1.2),
+            "compiled",
+            FLOOR,
+        ),
+        (Goal("tf.function / Keras Adam", 0.45, 0.25), "graph", ADAM),
+        (Goal("eager apply / Keras Adam", 0.15, 0.10), "eager", ADAM),
+    ]
+
+
+def judge_steps(
+    model: str, seconds: Mapping[Contestant, float]
+) -> list[Verdict]:
+    """The goals whose reference took part."""
+    verdicts = []
+    for goal, mode, reference in step_goals(model):
+        divisor = seconds.get(Contestant(reference, mode))
+        ours = [c for c in seconds if c.is_ours and c.mode == mode]
+        if divisor and ours:
+            ratios = {c.name: seconds[c] / divisor for c in ours}
+            verdicts.append(judge(goal, ratios))
+    return verdicts
+
+
+FIT = Goal("model.fit / Keras Adam", 1.0, 0.9)
+STATE = Goal("state / Adam's bytes", 0.505)
+STATE_BFLOAT16 = Goal("state, bfloat16 momentum / Adam's", 0.26)
+PEAK = Goal("peak memory of a step / parameters", 0.25, 0.05)
+FIRST_CALL = Goal("first call / Keras Adam's", 2.0, 1.2)
+LINEAR = Goal("first call per variable, most / fewer", 1.0)
+SHAPES = Goal("worst shape / Keras Adam", 1.1, 0.8)
+MANY = Goal("200 variables of 100 / Keras Adam", 1.0, 0.5)
+REPLICAS = Goal("two replicas / Keras Adam", 0.6, 0.4)
+
+
+def as_data(verdicts: Iterable[Verdict]) -> list[dict[str, object]]:
+    return [
+        {
+            "goal": verdict.goal.name,
+            "must": verdict.goal.must,
+            "aim": verdict.goal.aim,
+            "best": verdict.best,
+            "worst": verdict.worst,
+            "worst of": verdict.worst_name,
+            "reached": verdict.word,
+        }
+        for verdict in verdicts
+    ]

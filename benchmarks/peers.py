@@ -1,0 +1,191 @@
+"""The contestants: one optimizer step each, on the same gradients."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_blockwise as kb
+from benchmarks.models import Specs
+
+# It takes a loop that makes functions for one that traces them again.
+tf.get_logger().setLevel("ERROR")
+
+Step = Callable[[], object]
+
+
+class Contestant(NamedTuple):
+    """Who takes the step, and how.
+
+    Args:
+        name: The optimizer, with its blocks if it is one of ours.
+        mode: `"compiled"` by XLA or by its authors, `"graph"` or `"eager"`.
+    """
+
+    name: str
+    mode: str
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith(OURS)
+
+
+OURS = ("BlockAdam", "BAGM")
+ADAM = "Keras Adam"
+ADAMW = "PyTorch AdamW, fused"
+FLOOR = "PyTorch SGD Nesterov, fused"
+ADAM_MINI = "adam_mini"
+OPTAX = "optax adam"
+COPY = "copy"
+
+# The module that a peer needs, beside Keras itself.
+PEERS = {"optax": "optax", "torch": "torch", "adam_mini": "adam_mini"}
+MODES = ("compiled", "graph", "eager")
+SCHEMES = ("variable", "output_unit", "layer")
+
+
+def bytes_per_parameter(name: str) -> int:
+    """The least a step can read and write: w, m and g, or w, m, v and g."""
+    if name == COPY:
+        return 8
+    return 28 if name in (ADAM, ADAMW, OPTAX) else 20
+
+
+def without_missing(peers: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The peers that are installed, and a sentence for each of the others."""
+    installed = []
+    sentences = []
+    for peer in peers:
+        module = PEERS.get(peer)
+        if module is None or importlib.util.find_spec(module):
+            installed.append(peer)
+        else:
+            sentences.append(f"{peer} is not installed and is left out.")
+    return installed, sentences
+
+
+def our_optimizers(schemes: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for cls in (kb.BlockAdam, kb.BAGM):
+        for scheme in schemes:
+            yield f"{cls.__name__} {scheme}", cls(1e-3, blocking=scheme)
+
+
+def keras_step(
+    optimizer: Any, variables: Any, gradients: Any, mode: str
+) -> Step:
+    """One step of a Keras optimizer; it has ended when the call returns."""
+    optimizer.build(variables)
+
+    def step() -> None:
+        optimizer.apply(gradients)
+
+    if mode == "eager":
+        return step
+    # The gradients are captured, so that no arguments are passed per call.
+    return tf.function(step, autograph=False, jit_compile=mode == "compiled")
+
+
+def keras_steps(
+    variables: Sequence[Any],
+    gradients: Sequence[Any],
+    schemes: Iterable[str],
+    modes: Iterable[str],
+) -> dict[Contestant, Step]:
+    """Our optimizers and Keras's Adam, all on the same variables."""
+    tensors = [tf.constant(gradient) for gradient in gradients]
+    optimizers = {ADAM: keras.optimizers.Adam(1e-3)}
+    optimizers.update(our_optimizers(schemes))
+    return {
+        Contestant(name, mode): keras_step(optimizer, variables, tensors, mode)
+        for name, optimizer in optimizers.items()
+        for mode in modes
+    }
+
+
+def optax_steps(
+    arrays: Sequence[Any], gradients: Sequence[Any]
+) -> dict[Contestant, Step]:
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    optimizer = optax.adam(1e-3)
+    gradients = [jnp.asarray(gradient) for gradient in gradients]
+    weights = [jnp.array(array) for array in arrays]
+    state = optimizer.init(weights)
+
+    @partial(jax.jit, donate_argnums=(1, 2))
+    def update(gradients: Any, state: Any, weights: Any) -> Any:
+        updates, state = optimizer.update(gradients, state, weights)
+        return state, optax.apply_updates(weights, updates)
+
+    def step() -> None:
+        nonlocal state, weights
+        state, weights = update(gradients, state, weights)
+        jax.block_until_ready((state, weights))
+
+    return {Contestant(OPTAX, "compiled"): step}
+
+
+def torch_steps(
+    specs: Specs,
+    arrays: Sequence[Any],
+    gradients: Sequence[Any],
+    peers: Iterable[str],
+) -> dict[Contestant, Step]:
+    """PyTorch's optimizers, on variables that they share."""
+    import torch
+
+    named = []
+    for (path, shape), array, gradient in zip(specs, arrays, gradients):
+        layer, _, name = path.rpartition("/")
+        if len(shape) == 2 and name != "embeddings":
+            # The layout of PyTorch, and a name that adam_mini cuts by rows.
+            shape = shape[::-1]
+            layer = f"mlp.{layer}"
+        weight = torch.nn.Parameter(torch.tensor(array.reshape(shape)))
+        weight.grad = torch.from_numpy(gradient.reshape(shape))
+        named.append((f"{layer}/{name}", weight))
+    weights = [weight for _, weight in named]
+    optimizers: dict[str, Any] = {}
+    if "torch" in peers:
+        optimizers[ADAMW] = torch.optim.AdamW(weights, lr=1e-3, fused=True)
+        optimizers[FLOOR] = torch.optim.SGD(
+            weights, lr=1e-3, momentum=0.9, nesterov=True, fused=True
+        )
+    if "adam_mini" in peers:
+        from adam_mini import Adam_mini
+
+        optimizers[ADAM_MINI] = Adam_mini(
+            named, lr=1e-3, dim=768, n_heads=12, verbose=False
+        )
+    return {
+        Contestant(name, "compiled"): optimizer.step
+        for name, optimizer in optimizers.items()
+    }
+
+
+def copy_step(size: int) -> dict[Contestant, Step]:
+    """Copies as many numbers as there are parameters, on every core."""
+    source = np.ones(size, np.float32)
+    target = np.zeros(size, np.float32)
+    cores = os.cpu_count() or 1
+    parts = list(
+        zip(np.array_split(target, cores), np.array_split(source, cores))
+    )
+    pool = ThreadPoolExecutor(cores)
+
+    def step() -> None:
+        list(pool.map(lambda part: np.copyto(*part), parts))
+
+    return {Contestant(COPY, ""): step}

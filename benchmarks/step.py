@@ -1,0 +1,121 @@
+"""One optimizer step, beside Keras, optax, PyTorch and adam_mini.
+
+    python -m benchmarks.step --model gpt2
+    python -m benchmarks.step --model resnet50 --peers keras,torch
+
+Applies the same random gradients to variables with the shapes of a model.
+All contestants take part in every round. What a step has to read and write at
+least is compared with the bandwidth of a plain copy, measured in the same
+rounds. Peers that are not installed are left out.
+"""
+
+from benchmarks import models
+from benchmarks import peers
+from benchmarks import report
+from benchmarks import timing
+from benchmarks.goals import judge_steps
+from benchmarks.peers import Contestant
+
+
+def make_steps(
+    model: str, names: list[str], schemes: list[str], modes: list[str]
+) -> dict[Contestant, peers.Step]:
+    specs = models.MODELS[model]()
+    arrays = models.random_arrays(specs, 0.02, seed=0)
+    gradients = models.random_arrays(specs, 1e-3, seed=1)
+    variables = models.make_variables(specs, arrays)
+    steps = peers.keras_steps(variables, gradients, schemes, modes)
+    if "keras" not in names:
+        steps = {c: step for c, step in steps.items() if c.is_ours}
+    if "compiled" in modes:
+        if "optax" in names:
+            steps.update(peers.optax_steps(arrays, gradients))
+        if {"torch", "adam_mini"} & set(names):
+            steps.update(peers.torch_steps(specs, arrays, gradients, names))
+    steps.update(peers.copy_step(models.size(specs)))
+    return steps
+
+
+def main() -> None:
+    parser = report.make_parser(__doc__ or "", rounds=30)
+    parser.add_argument("--model", choices=models.MODELS, default="resnet50")
+    report.add_list(parser, "--peers", ("keras", *peers.PEERS))
+    report.add_list(parser, "--schemes", peers.SCHEMES)
+    report.add_list(parser, "--modes", peers.MODES)
+    args = parser.parse_args()
+    names, sentences = peers.without_missing(args.peers)
+    for sentence in sentences:
+        report.console.print(sentence)
+    steps = make_steps(args.model, names, args.schemes, args.modes)
+    with timing.progress_bar() as progress:
+        times = timing.interleave_steps(
+            steps, args.rounds, progress, args.model
+        )
+    seconds = timing.medians(times)
+    size = models.size(models.MODELS[args.model]())
+    copied = 8 * size / seconds[Contestant(peers.COPY, "")] / 1e9
+    rows = []
+    results = []
+    panels: dict[str, report.Bars] = {}
+    for contestant, value in seconds.items():
+        name, mode = contestant
+        moved = peers.bytes_per_parameter(name)
+        bandwidth = moved * size / value / 1e9
+        reference = seconds.get(Contestant(peers.ADAM, mode))
+        ratio = "" if reference is None else f"{value / reference:.2f}"
+        rows.append(
+            (
+                name,
+                mode,
+                f"{1000 * value:.2f}",
+                f"{timing.spread(times[contestant]):.0%}",
+                ratio,
+                str(moved),
+                f"{bandwidth:.1f}",
+                f"{bandwidth / copied:.0%}",
+            )
+        )
+        results.append(
+            {
+                "name": name,
+                "mode": mode,
+                "median seconds": value,
+                "bytes per parameter": moved,
+                "gigabytes per second": bandwidth,
+                "seconds": times[contestant],
+            }
+        )
+        if mode:
+            panels.setdefault(mode, {})[name] = (
+                1000 * value,
+                f"{ratio}×" if ratio else "",
+                contestant.is_ours,
+            )
+    title = f"{args.model}, {size / 1e6:.4g} million parameters"
+    table = report.make_table(
+        title,
+        (
+            "optimizer",
+            "mode",
+            "ms",
+            "±",
+            "/ Adam",
+            "B/param",
+            "GB/s",
+            "/ copy",
+        ),
+        rows,
+    )
+    report.console.print(table)
+    path = args.output / f"step_{args.model}.json"
+    report.save(path, args, results, judge_steps(args.model, seconds))
+    report.draw_bars(
+        path.with_suffix(".png"),
+        title,
+        "median milliseconds per step (× Keras Adam in the same mode)",
+        panels,
+    )
+
+
+if __name__ == "__main__":
+    main()
