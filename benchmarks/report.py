@@ -36,14 +36,18 @@ Bars = dict[str, tuple[float, str, bool]]
 console = Console(width=100)
 
 
-def make_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
-    """The options that all commands have."""
+def make_parser(doc: str, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The options that all commands have, or all that have rounds."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--rounds", type=positive, default=rounds, help="default: %(default)s"
-    )
+    if rounds:
+        parser.add_argument(
+            "--rounds",
+            type=positive,
+            default=rounds,
+            help="default: %(default)s",
+        )
     parser.add_argument(
         "--output",
         type=Path,
