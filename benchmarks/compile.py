@@ -85,11 +85,9 @@ def judge(results: dict[str, Any], numbers: list[int]) -> list[goals.Verdict]:
     verdicts = [goals.judge(goals.FIRST_CALL, ratios)]
     if len(numbers) > 1:
         *_, fewer, most = sorted(numbers)
+        last, middle = calls[of_count(most)], calls[of_count(fewer)]
         growth = {
-            name: calls[of_count(most)][name]
-            / calls[of_count(fewer)][name]
-            * fewer
-            / most
+            name: last[name] / middle[name] / (most / fewer)
             for name in peers.OURS
         }
         verdicts.append(goals.judge(goals.LINEAR, growth))

@@ -81,7 +81,7 @@ def main() -> None:
             )
     rows = []
     ratios = {}
-    panels: dict[str, report.Bars] = {}
+    bars: report.Bars = {}
     for name, values in times.items():
         seconds = timing.medians(values)
         adam = seconds.pop(peers.ADAM)
@@ -96,15 +96,8 @@ def main() -> None:
             )
         )
         worst = max(of_shape.values())
-        panel = panels.setdefault(f"rank {name.count('x') + 1}", {})
-        panel[name] = (worst, f"{worst:.2f}×", True)
-    optimizers = [name for name in steps if name.name != peers.ADAM]
-    columns = (
-        "shape",
-        "variables",
-        "Adam, ms",
-        *(optimizer.name for optimizer in optimizers),
-    )
+        bars[name] = (worst, f"{worst:.2f}×", True)
+    columns = ("shape", "variables", "Adam, ms", *of_shape)
     title = "Compiled steps on variables of one shape, time / Keras Adam"
     report.console.print(report.make_table(title, columns, rows))
     path = args.output / "shapes.json"
@@ -113,8 +106,8 @@ def main() -> None:
     report.draw_bars(
         path.with_suffix(".png"),
         title,
-        "time of our slowest optimizer / Keras Adam",
-        panels,
+        "our slowest optimizer (× Keras Adam)",
+        {f"{len(bars)} shapes": bars},
     )
 
 
