@@ -90,8 +90,8 @@ def judge_steps(
 
 FIT = Goal("model.fit / Keras Adam", 1.0, 0.9)
 STATE = Goal("state / Adam's bytes", 0.505)
-STATE_BFLOAT16 = Goal("state, bfloat16 momentum / Adam's", 0.26)
-PEAK = Goal("peak memory of a step / parameters", 0.25, 0.05)
+STATE_BFLOAT16 = Goal("state in bfloat16 / Adam's", 0.26)
+PEAK = Goal("peak of a step / parameters", 0.25, 0.05)
 FIRST_CALL = Goal("first call / Keras Adam's", 2.0, 1.2)
 LINEAR = Goal("first call, growth / linear growth", 1.0)
 SHAPES = Goal("worst shape / Keras Adam", 1.1, 0.8)
