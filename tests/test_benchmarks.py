@@ -1,0 +1,140 @@
+"""The arithmetic of the benchmark suite; what it measures is not tested."""
+
+import argparse
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import keras_blockwise as kb
+from benchmarks import goals
+from benchmarks import memory
+from benchmarks import models
+from benchmarks import peers
+from benchmarks import report
+from benchmarks import shapes
+from benchmarks import timing
+from benchmarks.peers import Contestant
+
+
+@pytest.mark.parametrize(
+    "model, variables, millions",
+    [("gpt2", 148, 124.4), ("resnet50", 161, 25.6), ("vit", 152, 86.6)],
+)
+def test_models_have_the_sizes_that_are_known(model, variables, millions):
+    specs = models.MODELS[model]()
+    assert len({path for path, _ in specs}) == len(specs) == variables
+    assert round(models.size(specs) / 1e6, 1) == millions
+
+
+class Named:
+    """A variable without values."""
+
+    def __init__(self, path, shape):
+        self.path = path
+        self.shape = shape
+
+
+@pytest.mark.parametrize("scheme", peers.SCHEMES)
+@pytest.mark.parametrize("model", models.MODELS)
+def test_names_leave_no_choice_of_blocks(model, scheme):
+    specs = models.MODELS[model]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = kb.Blocking(scheme).resolve([Named(*spec) for spec in specs])
+    assert "unknown" not in {row.kind for row in rows}
+    if scheme == "layer":
+        groups = {row.partition.group for row in rows}
+        assert groups == {path.rpartition("/")[0] for path, _ in specs}
+
+
+def test_variables_have_the_paths_of_the_model():
+    specs = models.tiny()
+    arrays = models.random_arrays(specs, 1.0, seed=0)
+    variables = models.make_variables(specs, arrays)
+    assert [(v.path, v.shape) for v in variables] == specs
+
+
+def test_every_round_has_every_contestant():
+    calls = []
+    samples = {
+        name: lambda name=name: calls.append(name) or len(calls)
+        for name in "abc"
+    }
+    values = timing.interleave(samples, 20, Progress(disable=True), "")
+    rounds = [calls[i : i + 3] for i in range(0, 63, 3)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 3
+    for name in "abc":  # The first call is left out.
+        positions = [i + 1 for i, call in enumerate(calls) if call == name]
+        assert values[name] == positions[1:]
+
+
+def test_short_steps_are_called_often():
+    calls = []
+    sample = timing.sampler(lambda: calls.append(None))
+    sample()
+    assert len(calls) > 100
+
+
+def test_spread():
+    assert timing.spread([4.0, 5.0, 6.0, 3.0, 7.0]) == 0.2
+    assert math.isnan(timing.spread([1.0]))
+
+
+@pytest.mark.parametrize(
+    "worst, word", [(0.5, "aim"), (0.51, "must"), (0.8, "must"), (0.81, "fail")]
+)
+def test_the_worst_ratio_is_judged(worst, word):
+    verdict = goals.judge(goals.Goal("", 0.8, 0.5), {"a": 0.1, "b": worst})
+    assert (verdict.best, verdict.worst_name) == (0.1, "b")
+    assert verdict.word == word
+
+
+def test_goals_divide_within_a_mode():
+    seconds = {
+        Contestant(peers.ADAM, "compiled"): 2.0,
+        Contestant(peers.FLOOR, "compiled"): 1.0,
+        Contestant("BlockAdam layer", "compiled"): 1.0,
+        Contestant("BlockAdam layer", "eager"): 9.0,
+        Contestant("BAGM layer", "compiled"): 1.5,
+    }
+    verdicts = goals.judge_steps("resnet50", seconds)
+    assert [(v.goal.must, v.worst) for v in verdicts] == [
+        (0.78, 0.75),
+        (2.4, 1.5),
+    ]
+
+
+def test_buffers_that_are_no_arguments():
+    assignment = """BufferAssignment:
+allocation 0: size 2097152, parameter 6, shape |f32[512,1024]|, maybe-live-out:
+ value: <2 bitcast_add_fusion @0> (size=2097152,offset=0): f32[512,1024]{1,0}
+allocation 1: size 80, output shape is |(s64[], f32[1,1024])|, maybe-live-out:
+allocation 2: size 4096, preallocated-temp:
+"""
+    assert memory.buffer_bytes(assignment) == 4176
+
+
+def test_options():
+    parse = report.some_of(("a", "b"))
+    assert parse("b,a") == ["b", "a"]
+    assert parse("") == []
+    with pytest.raises(argparse.ArgumentTypeError, match="'c' is not one of"):
+        parse("a,c")
+    assert shapes.shapes("3x5,7") == {"3x5": (3, 5), "7": (7,)}
+    for text in ("3x", "0x2", "1x1x1x1x1x1"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            shapes.shapes(text)
+
+
+def test_a_peer_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "optax", "no_such_module")
+    installed, sentences = peers.without_missing(["keras", "optax"])
+    assert installed == ["keras"]
+    assert sentences == ["optax is not installed and is left out."]
