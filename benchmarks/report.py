@@ -234,7 +234,7 @@ def draw_curves(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure((1.5 + 4.5 * len(panels), 4.5), layout="constrained")
+    figure = Figure((1.5 + 4.5 * len(panels), 5), layout="constrained")
     subplots = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (name, curves) in zip(subplots, panels.items()):
         for i, (curve, points) in enumerate(curves.items()):
@@ -248,6 +248,10 @@ def draw_curves(
         axes.set(title=name, xlabel=labels[0], xscale="log", yscale="log")
         axes.grid(alpha=0.3)
     subplots[0].set_ylabel(labels[1])
-    subplots[0].legend()
+    figure.legend(
+        *subplots[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2 if len(panels) == 1 else 4,
+    )
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

@@ -26,16 +26,14 @@ from benchmarks.peers import Contestant
 SIDES = (8, 25, 79, 250, 790, 2500)
 COUNTS = (10, 30, 100, 200, 500, 1000)
 REPLICAS = (1, 2)
-SCHEMES = ("variable", "output_unit", "layer")
 
 Steps = dict[Contestant, Callable[[], object]]
 
 
-def local_steps(specs: Specs, modes: list[str]) -> Steps:
+def local_steps(specs: Specs, schemes: list[str], modes: list[str]) -> Steps:
     arrays = models.random_arrays(specs, 0.02, seed=0)
-    return peers.keras_steps(
-        models.make_variables(specs, arrays), arrays, ["output_unit"], modes
-    )
+    variables = models.make_variables(specs, arrays)
+    return peers.keras_steps(variables, arrays, schemes, modes)
 
 
 def mirrored_step(optimizer: Any, gradients: Any, strategy: Any) -> Any:
@@ -46,7 +44,7 @@ def mirrored_step(optimizer: Any, gradients: Any, strategy: Any) -> Any:
     return step
 
 
-def mirrored_steps(specs: Specs, replicas: int) -> Steps:
+def mirrored_steps(specs: Specs, schemes: list[str], replicas: int) -> Steps:
     """A step applies one gradient to the variables of all replicas."""
     strategy = tf.distribute.MirroredStrategy(
         [f"CPU:{i}" for i in range(replicas)]
@@ -57,7 +55,7 @@ def mirrored_steps(specs: Specs, replicas: int) -> Steps:
     with strategy.scope():
         variables = models.make_variables(specs, arrays)
         optimizers = {peers.ADAM: keras.optimizers.Adam(1e-3)}
-        optimizers.update(peers.our_optimizers(SCHEMES))
+        optimizers.update(peers.our_optimizers(schemes))
         for name, optimizer in optimizers.items():
             optimizer.build(variables)
             step = mirrored_step(optimizer, gradients, strategy)
@@ -69,14 +67,17 @@ def make_cases(args: Any) -> dict[int, Callable[[], Steps]]:
     """What makes the contestants of each point of the curves."""
     if args.over == "replicas":
         specs = models.MODELS[args.model]()
-        return {n: lambda n=n: mirrored_steps(specs, n) for n in REPLICAS}
+        return {
+            n: lambda n=n: mirrored_steps(specs, args.schemes, n)
+            for n in REPLICAS
+        }
     if args.over == "variables":
         cases = {n: models.repeated((100,), n) for n in COUNTS}
     else:
         cases = {16 * n**2: models.repeated((n, n), 16) for n in SIDES}
     cases = {n: specs for n, specs in cases.items() if n <= args.most}
     return {
-        n: lambda specs=specs: local_steps(specs, args.modes)
+        n: lambda specs=specs: local_steps(specs, args.schemes, args.modes)
         for n, specs in cases.items()
     }
 
@@ -104,6 +105,7 @@ def main() -> None:
         choices=("parameters", "variables", "replicas"),
         default="variables",
     )
+    report.add_list(parser, "--schemes", peers.SCHEMES)
     report.add_list(parser, "--modes", peers.MODES)
     parser.add_argument(
         "--most",
