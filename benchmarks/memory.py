@@ -108,7 +108,12 @@ def measure_alone(model: str, name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = report.make_parser(__doc__ or "")
-    parser.add_argument("--model", choices=models.MODELS, default="resnet50")
+    parser.add_argument(
+        "--model",
+        choices=models.MODELS,
+        default="resnet50",
+        help="default: %(default)s",
+    )
     report.add_list(parser, "--schemes", peers.SCHEMES)
     args = parser.parse_args()
     names = [f"{cls} {scheme}" for cls in peers.OURS for scheme in args.schemes]

@@ -104,6 +104,7 @@ def main() -> None:
         "--over",
         choices=("parameters", "variables", "replicas"),
         default="variables",
+        help="default: %(default)s",
     )
     report.add_list(parser, "--schemes", peers.SCHEMES)
     report.add_list(parser, "--modes", peers.MODES)

@@ -38,7 +38,12 @@ def make_steps(
 
 def main() -> None:
     parser = report.make_parser(__doc__ or "", rounds=30)
-    parser.add_argument("--model", choices=models.MODELS, default="resnet50")
+    parser.add_argument(
+        "--model",
+        choices=models.MODELS,
+        default="resnet50",
+        help="default: %(default)s",
+    )
     report.add_list(parser, "--peers", ("keras", *peers.PEERS))
     report.add_list(parser, "--schemes", peers.SCHEMES)
     report.add_list(parser, "--modes", peers.MODES)
