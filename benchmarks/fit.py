@@ -183,7 +183,7 @@ def main() -> None:
                     name,
                     optimizer,
                     f"{1000 * value:.2f}",
-                    f"{timing.spread(values[optimizer]):.0%}",
+                    timing.spread(values[optimizer]),
                     f"{ratio:.3f}",
                     f"{value / seconds[SGD]:.3f}",
                 )

@@ -149,7 +149,7 @@ def main() -> None:
                     name,
                     mode,
                     f"{1000 * value:.3f}",
-                    f"{timing.spread(samples):.0%}",
+                    timing.spread(samples),
                     f"{ratio:.2f}",
                 )
             )

@@ -73,7 +73,7 @@ def main() -> None:
                 name,
                 mode,
                 f"{1000 * value:.2f}",
-                f"{timing.spread(times[contestant]):.0%}",
+                timing.spread(times[contestant]),
                 ratio,
                 str(moved),
                 f"{bandwidth:.1f}",

@@ -105,9 +105,9 @@ def medians(times: Mapping[Key, list[float]]) -> dict[Key, float]:
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-def spread(values: list[float]) -> float:
-    """Half the distance of the quartiles, relative to the median."""
+def spread(values: list[float]) -> str:
+    """Half the distance of the quartiles, in percent of the median."""
     if len(values) < 2:
-        return math.nan
+        return ""
     first, middle, third = statistics.quantiles(values, method="inclusive")
-    return (third - first) / 2 / middle
+    return f"{(third - first) / 2 / middle:.0%}"

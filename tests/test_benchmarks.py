@@ -1,7 +1,6 @@
 """The arithmetic of the benchmark suite; what it measures is not tested."""
 
 import argparse
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -83,8 +82,8 @@ def test_short_steps_are_called_often():
 
 
 def test_spread():
-    assert timing.spread([4.0, 5.0, 6.0, 3.0, 7.0]) == 0.2
-    assert math.isnan(timing.spread([1.0]))
+    assert timing.spread([4.0, 5.0, 6.0, 3.0, 7.0]) == "20%"
+    assert timing.spread([1.0]) == ""
 
 
 @pytest.mark.parametrize(
