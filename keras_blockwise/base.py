@@ -22,8 +22,8 @@ from keras_blockwise.state import Slot
 from keras_blockwise.state import State
 from keras_blockwise.state import plan_slots
 from keras_blockwise.step import Rule
+from keras_blockwise.step import block_means
 from keras_blockwise.step import block_step
-from keras_blockwise.step import mean_square
 
 Tensor = Any
 Variable = Any
@@ -183,17 +183,17 @@ class BlockwiseOptimizer(FusedOptimizer):
             [ops.cast(gradients[p], dtype) for p in group.positions]
             for group, dtype in zip(groups, dtypes)
         ]
-        mean_squares = [
-            mean_square(gs, group.partitions)
+        means = [
+            block_means(rule, gs, group.partitions, self.materialize)
             for gs, group in zip(group_gradients, groups)
         ]
         finite = True
         if self.skip_nonfinite:
             finite = ops.all(
-                ops.stack([ops.all(ops.isfinite(s)) for s in mean_squares])
+                ops.stack([ops.all(ops.isfinite(m["velocity"])) for m in means])
             )
-        for group, dtype, gs, s in zip(
-            groups, dtypes, group_gradients, mean_squares
+        for group, dtype, gs, group_means in zip(
+            groups, dtypes, group_gradients, means
         ):
             weights = [ops.cast(w, dtype) for w in group.weights]
             moments = [
@@ -206,7 +206,7 @@ class BlockwiseOptimizer(FusedOptimizer):
                 rule,
                 ops.cast(iterations, dtype) + 1,
                 ops.cast(learning_rate, dtype),
-                s,
+                group_means,
                 gs,
                 weights,
                 group.weight_decays,

@@ -15,6 +15,7 @@ Variable = Any
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
+    from tensorflow.compiler.tf2xla.python import xla
 
 
 class FusedOptimizer(keras.optimizers.Optimizer):
@@ -252,6 +253,18 @@ class FusedOptimizer(keras.optimizers.Optimizer):
 
         return update
 
+    @property
+    def materialize(self) -> Callable[[Tensor], Tensor] | None:
+        """Keeps XLA from joining what makes a tensor with what takes it.
+
+        `None` where joining is right: on a GPU, on a TPU, and without XLA.
+        """
+        if keras.backend.backend() != "tensorflow" or not (
+            self._should_compile() and on_cpu(self._trainable_variables)
+        ):
+            return None
+        return lambda tensor: xla.optimization_barrier(tensor)[0]
+
     def _should_compile(self) -> bool:
         if self.jit_compile != "auto":
             return bool(self.jit_compile)
@@ -288,6 +301,12 @@ def native(variable: Variable) -> Any:
     if isinstance(variable, keras.Variable):
         return variable.value
     return variable
+
+
+def on_cpu(variables: Sequence[Variable]) -> bool:
+    """Whether variables are on a CPU, of which a strategy may have several."""
+    devices = {tf.DeviceSpec.from_string(native(v).device) for v in variables}
+    return {device.device_type for device in devices} == {"CPU"}
 
 
 def densify(gradient: Any, variable: Variable) -> Any:

@@ -27,6 +27,8 @@ from keras import ops
 from keras_blockwise.accumulators import Accumulator
 from keras_blockwise.momentum import Momentum
 from keras_blockwise.partition import Partition
+from keras_blockwise.reduction import Materialize
+from keras_blockwise.reduction import block_mean
 
 Tensor = Any
 
@@ -55,22 +57,6 @@ class Rule:
         return statistics
 
 
-def block_mean(xs: Sequence[Tensor], partitions: Sequence[Partition]) -> Tensor:
-    """Mean over each block; variables that share blocks count by their size."""
-    total = sum(block_sum(x, p) for x, p in zip(xs, partitions))
-    return total / max(sum(p.block_size for p in partitions), 1)
-
-
-def block_sum(x: Tensor, p: Partition) -> Tensor:
-    """Sum over each block, of shape `accumulator_shape`."""
-    if p.group is not None:
-        return ops.sum(x)
-    x = ops.reshape(x, p.view_shape)
-    if p.view_axes:  # An empty tuple means every axis on some backends.
-        x = ops.sum(x, axis=p.view_axes)
-    return ops.reshape(x, p.accumulator_shape)
-
-
 def scale_blocks(scale: Tensor, x: Tensor, p: Partition) -> Tensor:
     """`x` with each of its blocks multiplied by its entry of `scale`."""
     if p.group is not None:
@@ -83,18 +69,30 @@ def scale_blocks(scale: Tensor, x: Tensor, p: Partition) -> Tensor:
     return ops.reshape(x, p.shape)
 
 
-def mean_square(
-    gradients: Sequence[Tensor], partitions: Sequence[Partition]
-) -> Tensor:
-    """`s`, which is finite if and only if the squares of all of g are."""
-    return block_mean([ops.square(g) for g in gradients], partitions)
+def block_means(
+    rule: Rule,
+    gradients: Sequence[Tensor],
+    partitions: Sequence[Partition],
+    materialize: Materialize | None = None,
+) -> dict[str, Tensor]:
+    """What the statistics of a step average: `s`, and the block mean of g.
+
+    `s` is finite if and only if the squares of all of g are.
+    """
+    squares = [ops.square(g) for g in gradients]
+    means = {"velocity": block_mean(squares, partitions, materialize)}
+    if rule.centered:
+        means["average_gradient"] = block_mean(
+            gradients, partitions, materialize
+        )
+    return means
 
 
 def block_step(
     rule: Rule,
     t: Tensor,
     learning_rate: Tensor,
-    s: Tensor,
+    means: dict[str, Tensor],
     gradients: Sequence[Tensor],
     weights: Sequence[Tensor],
     weight_decays: Sequence[float],
@@ -108,7 +106,7 @@ def block_step(
         rule: The optimizer.
         t: Scalar, 1 on the first step.
         learning_rate: Scalar.
-        s: `mean_square(gradients, partitions)`.
+        means: `block_means(rule, gradients, partitions)`.
         gradients: One tensor per variable.
         weights: The variables.
         weight_decays: Decoupled weight decay of each variable.
@@ -122,14 +120,14 @@ def block_step(
         The new `weights`, `moments` and `statistics`.
     """
     decay, weight, correction = rule.accumulator(t)
-    v = decay * statistics["velocity"] + weight * s
+    v = decay * statistics["velocity"] + weight * means["velocity"]
     new_statistics = {"velocity": v}
     if rule.amsgrad:
         v = ops.maximum(statistics["velocity_hat"], v)
         new_statistics["velocity_hat"] = v
     if rule.centered:
         a = decay * statistics["average_gradient"]
-        a = a + weight * block_mean(gradients, partitions)
+        a = a + weight * means["average_gradient"]
         new_statistics["average_gradient"] = a
         v = v - ops.square(a)
     root_correction = correction**0.5

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import keras_blockwise as kb
 from keras_blockwise.partition import Partition
-from keras_blockwise.step import block_mean
-from keras_blockwise.step import block_sum
+from keras_blockwise.reduction import block_mean
+from keras_blockwise.reduction import block_sum
 from keras_blockwise.step import scale_blocks
 
 examples = settings(

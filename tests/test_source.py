@@ -111,7 +111,8 @@ IMPORTS = {
     "layer_axes": {"axes", "partition"},
     "schemes": {"axes", "partition"},
     "inference": {"axes", "partition", "schemes"},
-    "step": {"accumulators", "momentum", "partition"},
+    "reduction": {"partition"},
+    "step": {"accumulators", "momentum", "partition", "reduction"},
     "blocking": {"axes", "inference", "layer_axes", "partition", "schemes"},
 }
 
