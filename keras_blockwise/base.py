@@ -6,16 +6,19 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_blockwise.axes import Weight
 from keras_blockwise.blocking import Blocking
 from keras_blockwise.blocking import Row
 from keras_blockwise.blocking import Tile
 from keras_blockwise.execution import FusedOptimizer
 from keras_blockwise.partition import Partition
+from keras_blockwise.partition import Shape
 from keras_blockwise.state import ITEM_SIZES
 from keras_blockwise.state import Group
 from keras_blockwise.state import Slot
@@ -31,9 +34,23 @@ Variable = Any
 # Kinds of the variables that an optimizer has before it is built.
 INITIAL = {"iteration", "learning_rate", "skipped_steps"}
 REMEDY = (
-    "Nothing was loaded. Compile the model with the optimizer and the blocking "
-    "that were saved, or load the weights without the optimizer."
+    "None of it was loaded. Compile the model with the optimizer and the "
+    "blocking that were saved, or load the weights without the optimizer."
 )
+
+
+class Entry(NamedTuple):
+    """A variable of an optimizer, as it is known in a saved state.
+
+    Args:
+        name: Its name.
+        kind: What tells it from others: which slot of which weight.
+        shape: Its shape.
+    """
+
+    name: str
+    kind: str
+    shape: Shape
 
 
 class BlockwiseOptimizer(FusedOptimizer):
@@ -79,6 +96,8 @@ class BlockwiseOptimizer(FusedOptimizer):
         self.blocking = blocking
         self.momentum_dtype = momentum_dtype
         self._state: State | None = None
+        # What a checkpoint has for this optimizer once it is built.
+        self._restored: list[Any] | None = None
 
     # Optimizers of one family have the same state, up to its blocks.
     state_family: str = ""
@@ -105,11 +124,14 @@ class BlockwiseOptimizer(FusedOptimizer):
             variables: The trainable variables.
 
         Raises:
-            ValueError: If the blocking does not fit the variables.
+            ValueError: If the blocking does not fit the variables, or a
+                checkpoint that the optimizer was restored from.
         """
         if self.built:
             return
         rows, slots = self.plan(variables)
+        if self._restored is not None:
+            check_layout(self._planned_layout(variables, slots), self._restored)
         super().build(variables)
         slot_variables = [
             self.add_slot(variables[s.index], s.name, s.shape, s.dtype, s.value)
@@ -258,7 +280,8 @@ class BlockwiseOptimizer(FusedOptimizer):
     def save_own_variables(self, store: Any) -> None:
         super().save_own_variables(store)
         # Keras saves by position alone; names make a mix-up detectable.
-        names = json.dumps([type(self).__name__, *self._saved_names()])
+        kinds = [entry.kind for entry in self._layout()]
+        names = json.dumps([type(self).__name__, *kinds])
         store["names"] = np.frombuffer(names.encode(), np.uint8)
 
     def load_own_variables(self, store: Any) -> None:
@@ -266,49 +289,85 @@ class BlockwiseOptimizer(FusedOptimizer):
 
         Raises:
             ValueError: If the state is that of another optimizer, another
-                blocking or other variables. Nothing has been loaded then.
+                blocking or other variables. None of it has been loaded then.
         """
         saved = {key: store[key] for key in store.keys()}
         names = saved.pop("names", None)
         if not self.built or not saved:
             super().load_own_variables(saved)  # Warns if it has to skip some.
             return
+        name, *kinds = ["another optimizer"] if names is None else decode(names)
+        self._check_class(name)
+        shapes = [tuple(saved[str(i)].shape) for i in range(len(kinds))]
+        layout = self._layout()
+        check_layout(layout, list(zip(kinds, shapes)))
+        # Fewer than there are, if saved before the first step.
+        variables = [
+            variable
+            for variable, entry in zip(self.variables, layout)
+            if entry.kind in kinds
+        ]
+        for i, variable in enumerate(variables):
+            variable.assign(saved[str(i)])
+
+    def describe_state(self) -> str:
+        layout = [(entry.kind, entry.shape) for entry in self._layout()]
+        return json.dumps([type(self).__name__, layout])
+
+    def check_description(self, description: str) -> None:
+        name, layout = json.loads(description)
+        self._check_class(name)
+        received = [(kind, tuple(shape)) for kind, shape in layout]
+        if self.built:
+            check_layout(self._layout(), received)
+        else:
+            self._restored = received
+
+    def _check_class(self, name: str) -> None:
         own_name = type(self).__name__
-        name, *slots = ["another optimizer"] if names is None else decode(names)
         if name != own_name:
             raise ValueError(
                 f"The saved state must be one of {own_name}. Received: the "
                 f"state of {name}. {REMEDY}"
             )
-        own = list(zip(self._saved_names(), self.variables))
-        if INITIAL.issuperset(slots):  # Saved before the first step.
-            own = [(slot, v) for slot, v in own if slot in INITIAL]
-        expected = [f"{slot} {tuple(variable.shape)}" for slot, variable in own]
-        received = [
-            f"{slot} {tuple(saved[str(i)].shape)}"
-            for i, slot in enumerate(slots)
-        ]
-        for i, (ours, theirs) in enumerate(zip(expected, received)):
-            if ours != theirs:
-                raise ValueError(
-                    f"The saved state must have the blocks of this optimizer. "
-                    f"{own[i][1].name!r} is {ours}. Received: {theirs}. "
-                    f"{REMEDY}"
-                )
-        if len(expected) != len(received):
-            raise ValueError(
-                f"The saved state must have {len(expected)} variables. "
-                f"Received: {len(received)}. {REMEDY}"
-            )
-        for i, (_, variable) in enumerate(own):
-            variable.assign(saved[str(i)])
 
-    def _saved_names(self) -> list[str]:
-        """Kind of each variable of the optimizer, in saved order."""
+    def _layout(self) -> list[Entry]:
+        """The variables of the optimizer, in saved order."""
         own = {} if self._state is None else self._state.slot_names
         return [
-            own.get(id(variable)) or base_slot_name(variable.name)
+            Entry(
+                variable.name,
+                own.get(id(variable)) or base_slot_name(variable.name),
+                tuple(variable.shape),
+            )
             for variable in self.variables
+        ]
+
+    def _planned_layout(
+        self, variables: Sequence[Variable], slots: Sequence[Slot]
+    ) -> list[Entry]:
+        """What `_layout` will be when `build` is done."""
+        weights = [Weight.of(variable) for variable in variables]
+        base = []
+        if self.use_ema:
+            base += [
+                (weight, "average")
+                for weight, variable in zip(weights, variables)
+                if not self.has_no_update(variable)
+            ]
+        if self.gradient_accumulation_steps:
+            base += [(weight, "gradient_accumulator") for weight in weights]
+        return [
+            *self._layout(),
+            *(Entry(f"{w.path}_{kind}", kind, w.shape) for w, kind in base),
+            *(
+                Entry(
+                    f"{weights[slot.index].path}_{slot.name}",
+                    f"{weights[slot.index].name}/{slot.name}",
+                    slot.shape,
+                )
+                for slot in slots
+            ),
         ]
 
     @property
@@ -320,6 +379,31 @@ class BlockwiseOptimizer(FusedOptimizer):
                 "Call `optimizer.build(model.trainable_variables)` first."
             )
         return self._state
+
+
+def check_layout(
+    own: Sequence[Entry], received: Sequence[tuple[str, Shape]]
+) -> None:
+    """Raises an error if a saved state is not that of the own variables.
+
+    Args:
+        own: The variables of the optimizer.
+        received: Kind and shape of each that was saved.
+    """
+    if INITIAL.issuperset(kind for kind, _ in received):  # Saved when unbuilt.
+        own = [entry for entry in own if entry.kind in INITIAL]
+    for entry, (kind, shape) in zip(own, received):
+        if (entry.kind, entry.shape) != (kind, shape):
+            raise ValueError(
+                "The saved state must have the blocks of this optimizer. "
+                f"{entry.name!r} is {entry.kind} {entry.shape}. Received: "
+                f"{kind} {shape}. {REMEDY}"
+            )
+    if len(own) != len(received):
+        raise ValueError(
+            f"The saved state must have {len(own)} variables. Received: "
+            f"{len(received)}. {REMEDY}"
+        )
 
 
 def decode(names: Any) -> list[str]:

@@ -17,11 +17,32 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
     from tensorflow.compiler.tf2xla.python import xla
 
+    class StateDescription(tf.train.experimental.PythonState):
+        """What a `tf.train.Checkpoint` says of the state of an optimizer.
+
+        Otherwise it has positions and values alone. TensorFlow reads this
+        before it assigns to any variable.
+        """
+
+        def __init__(self, optimizer: "FusedOptimizer") -> None:
+            self.optimizer = optimizer
+
+        def __repr__(self) -> str:
+            name = type(self.optimizer).__name__
+            return f"<description that is saved with the state of {name} alone>"
+
+        def serialize(self) -> str:
+            return self.optimizer.describe_state()
+
+        def deserialize(self, string_value: bytes) -> None:
+            self.optimizer.check_description(string_value.decode())
+
 
 class FusedOptimizer(keras.optimizers.Optimizer):
     """An optimizer that updates all its variables in one function.
 
-    A subclass has `update_all`, and calls `add_slot` in its `build`.
+    A subclass has `update_all`, `variables_of`, `describe_state` and
+    `check_description`, and calls `add_slot` in its `build`.
 
     Args:
         learning_rate: As in `keras.optimizers.Optimizer`.
@@ -51,6 +72,20 @@ class FusedOptimizer(keras.optimizers.Optimizer):
                 name="skipped_steps",
             )
         self._cache = Cache()
+        if keras.backend.backend() == "tensorflow":
+            self._state_description = StateDescription(self)
+
+    def describe_state(self) -> str:
+        """What to save in a checkpoint beside the state."""
+        raise NotImplementedError
+
+    def check_description(self, description: str) -> None:
+        """Raises an error if the state of a checkpoint does not fit.
+
+        Args:
+            description: What `describe_state` returned for it.
+        """
+        raise NotImplementedError
 
     def update_all(
         self,

@@ -255,6 +255,29 @@ def test_averages_that_the_source_lacks_start_at_the_weights():
     assert_same(slots(target, "_average"), weights)
 
 
+def test_variables_without_an_update_are_left_out():
+    """As the scales of a float8 layer, to which Keras assigns the gradient."""
+    shapes = {"a/kernel": (2, 3), "a/scale": (3,), "b/kernel": (3, 4)}
+    weights = make_variables(shapes)
+    weights[1].overwrite_with_gradient = True
+    source = built(Adam(0.01), weights)
+    for gradients in make_gradients(3, shapes):
+        source.apply(tensors(gradients, "float32"))
+    target = built(block_adam("variable", use_ema=True), weights)
+    kb.convert_state(source, target)
+    assert_same(slots(target, "_momentum"), slots(source, "_momentum"))
+    old = slots(source, "_velocity")
+    for value, v in zip(slots(target, "_velocity"), old, strict=True):
+        np.testing.assert_allclose(value, [[v.mean()]], 1e-6)
+    assert_same(slots(target, "_average"), [weights[0], weights[2]])
+
+    coarser = built(block_adam("model"), weights)
+    kb.convert_state(target, coarser)
+    (value,) = slots(coarser, "_velocity")
+    expected = np.concatenate([v.ravel() for v in old]).mean()
+    np.testing.assert_allclose(value, expected, 1e-6)
+
+
 def other_variables(**changes):
     shapes = {**SHAPES, **changes}
     return make_variables({k: v for k, v in shapes.items() if v is not None})

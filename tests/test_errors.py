@@ -250,18 +250,18 @@ OTHERS = {
     "state of another optimizer": (
         lambda: load(kb.BAGM()),
         ValueError,
-        "must be one of BAG. Received: the state of BAGM. Nothing was loaded",
+        "must be one of BAG. Received: the state of BAGM. None of it was",
     ),
     "state of other blocks": (
         lambda: load(kb.BAG(blocking="variable")),
         ValueError,
         r"'q_kernel_velocity' is kernel/velocity \(1, 30\)\. Received: "
-        r"kernel/velocity \(1, 1\)\. Nothing was loaded",
+        r"kernel/velocity \(1, 1\)\. None of it was loaded",
     ),
     "state of more variables": (
         lambda: load(kb.BAG(), {**SHAPES, "r/bias": (5,)}),
         ValueError,
-        "must have 4 variables. Received: 5. Nothing was loaded",
+        "must have 4 variables. Received: 5. None of it was loaded",
     ),
     "rank of a partition": (
         lambda: kb.Partition((4, 6), (4,)),
@@ -322,6 +322,16 @@ OTHERS = {
     ),
     "variables of the base class": (
         lambda: FusedOptimizer(0.1).variables_of([]),
+        NotImplementedError,
+        "",
+    ),
+    "description of the base class": (
+        lambda: FusedOptimizer(0.1).describe_state(),
+        NotImplementedError,
+        "",
+    ),
+    "check of the base class": (
+        lambda: FusedOptimizer(0.1).check_description("[]"),
         NotImplementedError,
         "",
     ),

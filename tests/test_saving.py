@@ -272,7 +272,7 @@ STATES = {
         kb.BlockAdam(),
         r"must have the blocks of this optimizer. 'dense_1_kernel_velocity' is "
         r"kernel/velocity \(1, 3\)\. Received: kernel/velocity \(1, 1\)\. "
-        r"Nothing was loaded",
+        r"None of it was loaded",
     ),
     "groups": (
         kb.BlockAdam(blocking="layer"),
@@ -342,7 +342,7 @@ def test_state_that_does_not_fit_is_refused_whole(kind):
 def test_state_of_other_variables_is_refused_whole(count):
     shapes = dict(list({**SHAPES, "dense_1/bias": (3,)}.items())[:count])
     loading = stepped(kb.BAG(), SHAPES)
-    message = rf"must have 5 variables\. Received: {count + 2}\. Nothing"
+    message = rf"must have 5 variables\. Received: {count + 2}\. None"
     assert_refused(stepped(kb.BAG(), shapes), loading, message)
 
 
