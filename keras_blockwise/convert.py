@@ -185,8 +185,7 @@ def block_means(
         p, q = old[i], new[i]
         if p is None or q is None:
             continue
-        x = np.asarray(value, np.float64)
-        x = np.broadcast_to(x.reshape(x.shape or (1,) * len(p.shape)), p.grid)
+        x = np.broadcast_to(np.asarray(value, np.float64), p.grid)
         for axis, n in enumerate(p.block_shape):
             x = np.repeat(x, n, axis)
         for axis, n in enumerate(q.block_shape):

@@ -100,7 +100,14 @@ def make_model(setting: Setting, mode: str) -> keras.Model:
     )
     cls, kwargs = OPTIMIZERS[setting.optimizer]
     schedule = keras.optimizers.schedules.ExponentialDecay(0.02, 10, 0.5)
-    optimizer = cls(schedule, **kwargs, **OPTIONS[setting.option])
+    # The update is compiled in all modes but one.
+    jit_compile = False if mode == "eager" else "auto"
+    optimizer = cls(
+        schedule,
+        jit_compile=jit_compile,
+        **kwargs,
+        **OPTIONS[setting.option],
+    )
     model.compile(optimizer, "mse", **MODES[mode])
     return model
 
