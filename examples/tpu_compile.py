@@ -50,6 +50,9 @@ def training_step(model: keras.Model) -> Any:
 
     It is the `one_step_on_data` of Keras's TensorFlow trainer, on one replica.
     """
+    if hasattr(model.optimizer, "jit_compile"):
+        # As under a `TPUStrategy`, which compiles the whole step, for a TPU.
+        model.optimizer.jit_compile = False
     return tf.function(
         lambda data: model.distribute_strategy.run(
             model.train_step, args=(data,)
