@@ -277,14 +277,13 @@ class FusedOptimizer(keras.optimizers.Optimizer):
                 self._update(variables, *tensors)
                 return
             key = (indices, id(first_variable))
-            gradients, learning_rate, iterations = tensors
             if key not in self._cache.functions:
                 self._cache.functions[key] = compile_update(
                     # The variables are captured: no work for them per step.
                     lambda *tensors: self._update(variables, *tensors),
                     tensors,
                 )
-            self._cache.functions[key](*gradients, learning_rate, iterations)
+            self._cache.functions[key](*tensors)
 
         return update
 

@@ -16,6 +16,7 @@ SCRIPT = """
 import json
 import sys
 
+import conftest  # As many threads: sums in another order change a sign here.
 import keras
 from real_models import batch
 from real_models import blocks
