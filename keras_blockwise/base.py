@@ -205,8 +205,9 @@ class BlockwiseOptimizer(FusedOptimizer):
             [ops.cast(gradients[p], dtype) for p in group.positions]
             for group, dtype in zip(groups, dtypes)
         ]
+        materialize = self.materializer()
         means = [
-            block_means(rule, gs, group.partitions, self.materialize)
+            block_means(rule, gs, group.partitions, materialize)
             for gs, group in zip(group_gradients, groups)
         ]
         finite = True

@@ -287,9 +287,8 @@ class FusedOptimizer(keras.optimizers.Optimizer):
 
         return update
 
-    @property
-    def materialize(self) -> Callable[[Tensor], Tensor] | None:
-        """Keeps XLA from joining what makes a tensor with what takes it.
+    def materializer(self) -> Callable[[Tensor], Tensor] | None:
+        """What keeps XLA from joining what makes a tensor with what takes it.
 
         `None` where joining is right: on a GPU, on a TPU, and without XLA.
         """

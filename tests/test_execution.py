@@ -73,6 +73,21 @@ def test_eager_steps_are_traced_once(kind):
     assert len(traces) == len(optimizer._cache.functions) == 1
 
 
+def test_eager_steps_do_not_print_the_gradients(monkeypatch):
+    """As the text of an error does that TensorFlow itself catches."""
+    optimizer = kb.BAGM()
+    variables = make_variables()
+    first, second = map(float32, make_gradients(2))
+    optimizer.apply(first, variables)
+    printed = []
+    kind = type(second[0])
+    monkeypatch.setattr(kind, "__repr__", lambda x: printed.append(x) or "")
+    optimizer.apply(second, variables)
+    assert not printed
+    repr(second[0])
+    assert printed
+
+
 def test_the_plain_update_is_run_each_time():
     """So that counting is known to count."""
     optimizer = kb.BAGM(jit_compile=False)

@@ -142,14 +142,16 @@ CHECKPOINTS = {
 }
 
 
+def checkpoint_of(model):
+    return tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+
+
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_tf_checkpoint_is_refused_before_anything_is_loaded(kind, tmp_path):
     """Also by `restore` alone, without `kb.all_or_nothing`."""
     make_saved, make, message = CHECKPOINTS[kind]
     saved = make_model(make_saved(), 2)
-    path = tf.train.Checkpoint(model=saved, optimizer=saved.optimizer).save(
-        str(tmp_path / "misfit")
-    )
+    path = checkpoint_of(saved).save(str(tmp_path / "misfit"))
     model = make_model(make(), 3)
     load, _ = save(model, "checkpoint", tmp_path)
     expected = everything(model)
@@ -157,9 +159,7 @@ def test_tf_checkpoint_is_refused_before_anything_is_loaded(kind, tmp_path):
     before = everything(model)
     assert not same(before, expected)
     with pytest.raises(ValueError, match=message):
-        tf.train.Checkpoint(model=model, optimizer=model.optimizer).restore(
-            path
-        )
+        checkpoint_of(model).restore(path)
     assert same(everything(model), before)
     load(model)  # What fits is loaded afterwards.
     assert same(everything(model), expected)
@@ -169,16 +169,12 @@ def test_tf_checkpoint_is_refused_before_anything_is_loaded(kind, tmp_path):
 def test_tf_checkpoint_into_an_optimizer_that_is_not_built(kind, tmp_path):
     make_saved, make, message = CHECKPOINTS[kind]
     saved = make_model(make_saved(), 2)
-    path = tf.train.Checkpoint(model=saved, optimizer=saved.optimizer).save(
-        str(tmp_path / "misfit")
-    )
+    path = checkpoint_of(saved).save(str(tmp_path / "misfit"))
     model = keras.models.clone_model(saved)
     model.compile(make(), "mse", run_eagerly=True)
 
     def load(model):
-        tf.train.Checkpoint(model=model, optimizer=model.optimizer).restore(
-            path
-        )
+        checkpoint_of(model).restore(path)
         model.train_on_batch(np.eye(3), np.ones((3, 1)))
 
     assert_refused(model, load, message)
