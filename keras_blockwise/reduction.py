@@ -5,8 +5,8 @@ after the other unless a sum has at most 32 terms, of which it makes several
 neighbouring ones at once. So on a CPU a sum is made of partial sums of at most
 32 terms; the product of rows with a vector of ones adds up those of a row.
 
-Sums of squares in GB/s of float32 read, on two cores of an EPYC on which a copy
-reads 14 GB/s and writes as much, by `python -m benchmarks.sums`:
+Sums of squares in GB/s of float32 read, on two cores of an EPYC, by
+`python -m benchmarks.sums`:
 
     shape               summed over   plain   in parts
     (768, 3072)         everything      2.1       11.1
