@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 from typing import NamedTuple
 
@@ -16,17 +19,22 @@ from keras_blockwise.axes import Weight
 from keras_blockwise.blocking import Blocking
 from keras_blockwise.blocking import Row
 from keras_blockwise.blocking import Tile
+from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.execution import FusedOptimizer
 from keras_blockwise.partition import Partition
 from keras_blockwise.partition import Shape
+from keras_blockwise.reshaping import reshape
 from keras_blockwise.state import ITEM_SIZES
 from keras_blockwise.state import Group
 from keras_blockwise.state import Slot
 from keras_blockwise.state import State
 from keras_blockwise.state import plan_slots
 from keras_blockwise.step import Rule
+from keras_blockwise.step import Scalars
 from keras_blockwise.step import block_means
 from keras_blockwise.step import block_step
+from keras_blockwise.step import broadcastable
+from keras_blockwise.step import entry_step
 
 Tensor = Any
 Variable = Any
@@ -201,56 +209,69 @@ class BlockwiseOptimizer(FusedOptimizer):
             keras.backend.standardize_dtype(group.statistics["velocity"].dtype)
             for group in groups
         ]
-        group_gradients = [
-            [ops.cast(gradients[p], dtype) for p in group.positions]
-            for group, dtype in zip(groups, dtypes)
-        ]
         materialize = self.materializer()
         means = [
-            block_means(rule, gs, group.partitions, materialize)
-            for gs, group in zip(group_gradients, groups)
+            block_means(
+                rule,
+                [ops.cast(gradients[p], dtype) for p in group.positions],
+                group.partitions,
+                materialize,
+            )
+            for group, dtype in zip(groups, dtypes)
         ]
         finite = True
         if self.skip_nonfinite:
             finite = ops.all(
                 ops.stack([ops.all(ops.isfinite(m["velocity"])) for m in means])
             )
-        for group, dtype, gs, group_means in zip(
-            groups, dtypes, group_gradients, means
-        ):
-            weights = [ops.cast(w, dtype) for w in group.weights]
-            moments = [
-                m if m is None else ops.cast(m, dtype) for m in group.moments
-            ]
-            statistics = {
-                name: ops.cast(v, dtype) for name, v in group.statistics.items()
-            }
-            new_weights, new_moments, new_statistics = block_step(
+        scalars = {
+            dtype: Scalars.of(
                 rule,
                 ops.cast(iterations, dtype) + 1,
                 ops.cast(learning_rate, dtype),
-                group_means,
-                gs,
-                weights,
-                group.weight_decays,
-                moments,
-                statistics,
-                group.partitions,
             )
-            updates = [
-                *zip(group.weights, weights, new_weights),
-                *zip(group.moments, moments, new_moments),
-                *(
-                    (group.statistics[name], statistics[name], value)
-                    for name, value in new_statistics.items()
-                ),
-            ]
-            for variable, old, new in updates:
-                if variable is None:
-                    continue
-                if self.skip_nonfinite:
-                    new = ops.where(finite, new, old)
-                self.assign(variable, new)
+            for dtype in dict.fromkeys(dtypes)
+        }
+        updates = []
+        statistics = []
+        for group, dtype, group_means in zip(groups, dtypes, means):
+            old = {
+                name: ops.cast(v, dtype) for name, v in group.statistics.items()
+            }
+            scale, new = block_step(rule, scalars[dtype], group_means, old)
+            if self.skip_nonfinite:
+                new = {n: ops.where(finite, v, old[n]) for n, v in new.items()}
+            statistics.append(new)
+            for position, p, w, weight_decay, m in zip(
+                group.positions,
+                group.partitions,
+                group.weights,
+                group.weight_decays,
+                group.moments,
+            ):
+                shape, entry_scale = broadcastable(scale, p)
+                step = partial(entry_step, rule, scalars[dtype], weight_decay)
+                # Else the weights need only what will be stored as momentum.
+                in_rows = m is not None and not (
+                    rule.momentum_of_gradient and m.dtype == dtype
+                )
+                updates.append(
+                    EntryUpdate(
+                        partial(new_entries, step, dtype, finite),
+                        shape,
+                        (entry_scale, reshape(gradients[position], shape)),
+                        (w,) if m is None else (w, m),
+                        in_rows,
+                    )
+                )
+        new_values = zip(updates, self.new_values(updates))
+        for group, new in zip(groups, statistics):
+            # In this order, a CPU has the gradient still in its cache.
+            for update, values in islice(new_values, len(group.positions)):
+                for variable, value in zip(update.variables, values):
+                    self.assign(variable, reshape(value, variable.shape))
+            for name, value in new.items():
+                self.assign(group.statistics[name], value)
         return finite
 
     def get_config(self) -> dict[str, Any]:
@@ -380,6 +401,26 @@ class BlockwiseOptimizer(FusedOptimizer):
                 "Call `optimizer.build(model.trainable_variables)` first."
             )
         return self._state
+
+
+def new_entries(
+    step: Callable[..., tuple[Tensor, Tensor]],
+    dtype: str,
+    finite: Tensor,
+    scale: Tensor,
+    *entries: Tensor,
+) -> list[Tensor]:
+    """`step` in another dtype than that of the entries, if `finite`."""
+    g, w, m = [ops.cast(x, dtype) for x in entries] + [None] * (
+        3 - len(entries)
+    )
+    new = step(scale, g, w, m)
+    if finite is True:
+        return list(new)
+    return [
+        x if old is None else ops.where(finite, x, old)
+        for x, old in zip(new, (w, m))
+    ]
 
 
 def check_layout(

@@ -3,12 +3,21 @@
 The only file that knows TensorFlow or a private name of Keras.
 """
 
+import math
+import os
 import platform
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
+
+from keras_blockwise.entries import EntryUpdate
+from keras_blockwise.entries import merging_axes
+from keras_blockwise.entries import new_values
+from keras_blockwise.entries import rows_of
+from keras_blockwise.reshaping import reshape
 
 Tensor = Any
 Variable = Any
@@ -287,16 +296,37 @@ class FusedOptimizer(keras.optimizers.Optimizer):
 
         return update
 
+    def new_values(
+        self, updates: Sequence[EntryUpdate]
+    ) -> list[Sequence[Tensor]]:
+        """What the variables of each update are to be, in a shape of theirs."""
+        in_rows: dict[int, Sequence[Tensor]] = {}
+        if self._compiles_for_cpu():
+            cores = tf.config.threading.get_intra_op_parallelism_threads()
+            rows, cut = rows_of(updates, cores or os.cpu_count() or 1)
+            if cut:
+                values = new_values_in_rows(rows, [updates[i] for i in cut])
+                in_rows = dict(zip(cut, values))
+        return [
+            in_rows[i] if i in in_rows else new_values(update)
+            for i, update in enumerate(updates)
+        ]
+
     def materializer(self) -> Callable[[Tensor], Tensor] | None:
         """What keeps XLA from joining what makes a tensor with what takes it.
 
         `None` where joining is right: on a GPU, on a TPU, and without XLA.
         """
-        if keras.backend.backend() != "tensorflow" or not (
-            self._should_compile() and on_cpu(self._trainable_variables)
-        ):
+        if not self._compiles_for_cpu():
             return None
         return lambda tensor: xla.optimization_barrier(tensor)[0]
+
+    def _compiles_for_cpu(self) -> bool:
+        return (
+            keras.backend.backend() == "tensorflow"
+            and self._should_compile()
+            and on_cpu(self._trainable_variables)
+        )
 
     def _should_compile(self) -> bool:
         if self.jit_compile != "auto":
@@ -327,6 +357,79 @@ def compile_update(update: Callable[..., None], tensors: Any) -> Any:
     with tf.init_scope():
         function = tf.function(update, jit_compile=True, autograph=False)
         return function.get_concrete_function(*specs)
+
+
+def new_values_in_rows(
+    rows: int, updates: Sequence[EntryUpdate]
+) -> list[list[Tensor]]:
+    """`new_values` of each update, made for one row of all at a time."""
+    inputs = [[cut(x, rows, u) for x in u.inputs] for u in updates]
+    values = [[cut(v, rows, u) for v in u.variables] for u in updates]
+
+    def update_row(row: Tensor, values: Any) -> Any:
+        new_values = []
+        for update, xs, own in zip(updates, inputs, values):
+            own = list(own)
+            dtypes = [x.dtype for x in (*update.inputs, *update.variables)]
+            index = row
+            for i, value in enumerate(own):
+                entries = [
+                    from_bits(x if x.shape[0] == 1 else at(x, index), dtype)
+                    for x, dtype in zip((*xs, *own), dtypes)
+                ]
+                new = update.function(*entries)[i]
+                own[i] = xla.dynamic_update_slice(
+                    value,
+                    to_bits(tf.cast(new, update.variables[i].dtype)),
+                    [index] + [0] * (value.shape.rank - 1),
+                )
+                index = after(at(own[i], index), index)
+            new_values.append(own)
+        return row + 1, new_values
+
+    _, values = tf.while_loop(
+        lambda row, values: row < rows, update_row, (tf.constant(0), values)
+    )
+    return [
+        [from_bits(x, v.dtype) for x, v in zip(own, update.variables)]
+        for update, own in zip(updates, values)
+    ]
+
+
+def cut(tensor: Tensor, rows: int, update: EntryUpdate) -> Tensor:
+    """Rows of a tensor; one, if it has one entry along the axes to be cut."""
+    if isinstance(tensor, tf.Variable):
+        tensor = reshape(tensor, update.shape)
+    axes = merging_axes(update)
+    n = math.prod(tensor.shape[:axes])
+    first = (rows, n // rows) if n > 1 else (1, 1)
+    return to_bits(tf.reshape(tensor, (*first, *tensor.shape[axes:])))
+
+
+def at(tensor: Tensor, row: Tensor) -> Tensor:
+    return tf.gather(tensor, [row])
+
+
+def to_bits(tensor: Tensor) -> Tensor:
+    """Numbers of 16 bits as integers.
+
+    To write a row of them, XLA would convert them all to float32 and back.
+    """
+    return tf.bitcast(tensor, tf.uint16) if tensor.dtype.size == 2 else tensor
+
+
+def from_bits(tensor: Tensor, dtype: Any) -> Tensor:
+    return tf.bitcast(tensor, dtype) if tensor.dtype == tf.uint16 else tensor
+
+
+def after(tensor: Tensor, index: Tensor) -> Tensor:
+    """`index`, once `tensor` is known.
+
+    XLA writes in place what nobody reads afterwards; it needs to know that.
+    """
+    first = tf.reshape(tensor, [-1])[0]
+    never = tf.cast(first, tf.float32) > np.inf
+    return index + tf.cast(never, index.dtype)
 
 
 def native(variable: Variable) -> Any:

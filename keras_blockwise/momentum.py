@@ -1,7 +1,7 @@
-"""Momentum rules: `(m, x, t) -> (m, direction)`.
+"""Momentum rules: `(m, x) -> (m, direction)`, made for step `t = 1, 2, ...`.
 
-`x` is the gradient or the scaled gradient, `m` the state, `t = 1, 2, ...` the
-step. Two conventions that are easily confused, for a constant `x`:
+`x` is the gradient or the scaled gradient, `m` the state. Two conventions that
+are easily confused, for a constant `x`:
 
     ema         m <- beta * m + (1 - beta) * x    converges to x
     heavy_ball  m <- beta * m + x                 converges to x / (1 - beta)
@@ -16,45 +16,51 @@ from typing import NamedTuple
 from keras_blockwise.accumulators import one_minus_power
 
 Tensor = Any
+Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Momentum(NamedTuple):
-    """A momentum rule, and whether it needs a state variable."""
+    """A momentum rule: its update at `t`, and whether it needs a state."""
 
-    update: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    at: Callable[[Tensor], Update]
     has_state: bool = True
 
 
 def none() -> Momentum:
     """No momentum, no state: the direction is `x`."""
-    return Momentum(lambda m, x, t: (m, x), has_state=False)
+    return Momentum(lambda t: lambda m, x: (m, x), has_state=False)
 
 
 def ema(beta: float) -> Momentum:
     """Exponential moving average with bias correction (Adam)."""
 
-    def update(m: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        m = beta * m + (1.0 - beta) * x
-        return m, m * (1.0 / one_minus_power(beta, t))
+    def at(t: Tensor) -> Update:
+        correction = 1.0 / one_minus_power(beta, t)
 
-    return Momentum(update)
+        def update(m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            m = beta * m + (1.0 - beta) * x
+            return m, m * correction
+
+        return update
+
+    return Momentum(at)
 
 
 def heavy_ball(beta: float) -> Momentum:
     """Polyak's momentum, as in `keras.optimizers.SGD(momentum=beta)`."""
 
-    def update(m: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def update(m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         m = beta * m + x
         return m, m
 
-    return Momentum(update)
+    return Momentum(lambda t: update)
 
 
 def nesterov(beta: float) -> Momentum:
     """Nesterov's momentum in the form of `keras.optimizers.SGD`."""
 
-    def update(m: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def update(m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         m = beta * m + x
         return m, beta * m + x
 
-    return Momentum(update)
+    return Momentum(lambda t: update)

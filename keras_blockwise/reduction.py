@@ -31,6 +31,7 @@ from typing import Any
 from keras import ops
 
 from keras_blockwise.partition import Partition
+from keras_blockwise.reshaping import reshape
 
 Tensor = Any
 Materialize = Callable[[Tensor], Tensor]
@@ -69,7 +70,7 @@ def block_sum(
     shape, axes = p.view_shape, p.view_axes
     if p.group is not None:
         shape, axes = (size,), (0,)
-    x = ops.reshape(x, shape)
+    x = reshape(x, shape)
     if not axes:  # An empty tuple would mean every axis on some backends.
         total = x
     elif materialize is None or size < MANY:
@@ -80,14 +81,14 @@ def block_sum(
         axis = max(axes, key=lambda axis: shape[axis])
         parts = partial_sums(x, axis, materialize)
         total = sum(ops.sum(part, axis=axes) for part in parts)
-    return ops.reshape(total, p.accumulator_shape)
+    return reshape(total, p.accumulator_shape)
 
 
 def row_sums(x: Tensor) -> Tensor:
     """The sum of each row of a matrix."""
     rows, n = x.shape
     terms = row_terms(n)
-    x = ops.sum(ops.reshape(x, (rows, terms, n // terms)), axis=1)
+    x = ops.sum(reshape(x, (rows, terms, n // terms)), axis=1)
     return ops.matmul(x, ops.ones((n // terms,), x.dtype))
 
 
@@ -108,14 +109,13 @@ def partial_sums(
         return [x]
     count = n // (terms * distance)
     used = count * terms * distance
-    x = ops.reshape(x, (*before, n, width))
-    sums = ops.reshape(
-        x[..., :used, :], (*before, count, terms, distance * width)
-    )
+    x = reshape(x, (*before, n, width))
+    even = x if used == n else x[..., :used, :]
+    sums = reshape(even, (*before, count, terms, distance * width))
     sums = materialize(ops.sum(sums, axis=axis + 1))
-    parts = [ops.reshape(sums, (*before, count * distance, *after))]
+    parts = [reshape(sums, (*before, count * distance, *after))]
     if used < n:
-        parts.append(ops.reshape(x[..., used:, :], (*before, n - used, *after)))
+        parts.append(reshape(x[..., used:, :], (*before, n - used, *after)))
     return parts
 
 

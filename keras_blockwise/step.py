@@ -21,12 +21,15 @@ Blockwise adaptivity: Zheng & Kwok 2019, arXiv:1905.09899.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from typing import NamedTuple
 
 from keras import ops
 
 from keras_blockwise.accumulators import Accumulator
 from keras_blockwise.momentum import Momentum
+from keras_blockwise.momentum import Update
 from keras_blockwise.partition import Partition
+from keras_blockwise.partition import Shape
 from keras_blockwise.reduction import Materialize
 from keras_blockwise.reduction import block_mean
 
@@ -57,16 +60,21 @@ class Rule:
         return statistics
 
 
-def scale_blocks(scale: Tensor, x: Tensor, p: Partition) -> Tensor:
-    """`x` with each of its blocks multiplied by its entry of `scale`."""
+def broadcastable(scale: Tensor, p: Partition) -> tuple[Shape, Tensor]:
+    """A shape for a variable, and `scale` in one that broadcasts to it.
+
+    `scale` is reshaped also where it has that shape: were its division next to
+    a product, TensorFlow might reorder them, on one replica and not on another.
+    """
     if p.group is not None:
-        return x * scale
+        return p.shape, ops.reshape(scale, (1,) * len(p.shape))
+    if all(tile in (1, n) for n, tile in zip(p.shape, p.block_shape)):
+        return p.shape, ops.reshape(scale, p.grid)
     if len(p.view_shape) > 5:  # TensorFlow broadcasts no higher without XLA.
         for axis, n in enumerate(p.block_shape):
             scale = ops.repeat(scale, n, axis=axis)
-        return x * scale
-    x = ops.reshape(x, p.view_shape) * ops.reshape(scale, p.view_grid)
-    return ops.reshape(x, p.shape)
+        return p.shape, scale
+    return p.view_shape, ops.reshape(scale, p.view_grid)
 
 
 def block_means(
@@ -88,38 +96,43 @@ def block_means(
     return means
 
 
+class Scalars(NamedTuple):
+    """What all blocks of a step share; see the formulas above."""
+
+    learning_rate: Tensor
+    decay: Tensor
+    weight: Tensor
+    root_correction: Tensor
+    momentum: Update
+
+    @classmethod
+    def of(cls, rule: Rule, t: Tensor, learning_rate: Tensor) -> "Scalars":
+        """Those of step `t`, a scalar that is 1 on the first step."""
+        decay, weight, correction = rule.accumulator(t)
+        momentum = rule.momentum.at(t)
+        return cls(learning_rate, decay, weight, correction**0.5, momentum)
+
+
 def block_step(
     rule: Rule,
-    t: Tensor,
-    learning_rate: Tensor,
+    scalars: Scalars,
     means: dict[str, Tensor],
-    gradients: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    weight_decays: Sequence[float],
-    moments: Sequence[Tensor],
     statistics: dict[str, Tensor],
-    partitions: Sequence[Partition],
-) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-    """One step of all variables that share one accumulator.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The part of a step that is made once per block.
 
     Args:
         rule: The optimizer.
-        t: Scalar, 1 on the first step.
-        learning_rate: Scalar.
+        scalars: `Scalars.of(rule, t, learning_rate)`.
         means: `block_means(rule, gradients, partitions)`.
-        gradients: One tensor per variable.
-        weights: The variables.
-        weight_decays: Decoupled weight decay of each variable.
-        moments: The momentum of each variable; anything if the rule has none.
         statistics: `rule.statistics`, each of shape `accumulator_shape`.
-        partitions: The blocks of each variable.
 
     All tensors have one floating-point dtype.
 
     Returns:
-        The new `weights`, `moments` and `statistics`.
+        The `scale` and the new `statistics`, of shape `accumulator_shape`.
     """
-    decay, weight, correction = rule.accumulator(t)
+    decay, weight = scalars.decay, scalars.weight
     v = decay * statistics["velocity"] + weight * means["velocity"]
     new_statistics = {"velocity": v}
     if rule.amsgrad:
@@ -130,25 +143,47 @@ def block_step(
         a = a + weight * means["average_gradient"]
         new_statistics["average_gradient"] = a
         v = v - ops.square(a)
-    root_correction = correction**0.5
     root = {
         "outside": lambda: ops.sqrt(v) + rule.epsilon,
         "inside": lambda: ops.sqrt(v + rule.epsilon),
-        "corrected": lambda: ops.sqrt(v) + rule.epsilon * root_correction,
+        "corrected": lambda: (
+            ops.sqrt(v) + rule.epsilon * scalars.root_correction
+        ),
     }[rule.epsilon_added]()
-    scale = learning_rate * root_correction / root
+    scale = scalars.learning_rate * scalars.root_correction / root
+    return scale, new_statistics
 
-    new_weights, new_moments = [], []
-    for g, w, weight_decay, m, p in zip(
-        gradients, weights, weight_decays, moments, partitions
-    ):
-        if rule.momentum_of_gradient:
-            m, x = rule.momentum.update(m, g, t)
-            direction = scale_blocks(scale, x, p)
-        else:
-            m, direction = rule.momentum.update(m, scale_blocks(scale, g, p), t)
-        if weight_decay:
-            w = w - w * weight_decay * learning_rate
-        new_weights.append(w - direction)
-        new_moments.append(m)
-    return new_weights, new_moments, new_statistics
+
+def entry_step(
+    rule: Rule,
+    scalars: Scalars,
+    weight_decay: float,
+    scale: Tensor,
+    g: Tensor,
+    w: Tensor,
+    m: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The part of a step that is made once per entry.
+
+    Args:
+        rule: The optimizer.
+        scalars: `Scalars.of(rule, t, learning_rate)`.
+        weight_decay: Decoupled weight decay of the variable.
+        scale: Of `block_step`, broadcastable to the other tensors.
+        g: Entries of the gradient.
+        w: The same entries of the variable.
+        m: The same entries of its momentum; anything if the rule has none.
+
+    All tensors have one floating-point dtype.
+
+    Returns:
+        The new `w` and `m`. The new `m` does not depend on `w`.
+    """
+    if rule.momentum_of_gradient:
+        m, x = scalars.momentum(m, g)
+        direction = scale * x
+    else:
+        m, direction = scalars.momentum(m, scale * g)
+    if weight_decay:
+        w = w - w * weight_decay * scalars.learning_rate
+    return w - direction, m

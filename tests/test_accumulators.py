@@ -95,7 +95,7 @@ def directions(rule, xs=VALUES):
     """The state and direction after each step."""
     m, results = constant(0.0), []
     for t, x in enumerate(xs, start=1):
-        m, direction = rule.update(m, constant(x), constant(t))
+        m, direction = rule.at(constant(t))(m, constant(x))
         results.append((np.float64(m), np.float64(direction)))
     return np.transpose(results)
 

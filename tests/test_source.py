@@ -104,14 +104,16 @@ def test_private_names_are_ones_own(module):
 # Module -> the modules of the package that it may import.
 IMPORTS = {
     "accumulators": set(),
-    "execution": set(),
     "partition": set(),
+    "reshaping": set(),
     "momentum": {"accumulators"},
     "axes": {"partition"},
     "layer_axes": {"axes", "partition"},
     "schemes": {"axes", "partition"},
     "inference": {"axes", "partition", "schemes"},
-    "reduction": {"partition"},
+    "entries": {"reshaping"},
+    "execution": {"entries", "reshaping"},
+    "reduction": {"partition", "reshaping"},
     "step": {"accumulators", "momentum", "partition", "reduction"},
     "blocking": {"axes", "inference", "layer_axes", "partition", "schemes"},
 }

@@ -1,0 +1,85 @@
+"""Updates of variables that take one entry at a time, whole or in rows."""
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+from keras_blockwise.reshaping import reshape
+
+Tensor = Any
+Variable = Any
+
+# XLA makes one pass over memory for every variable that it writes on a CPU. If
+# all variables are updated row by row, later passes find a row in the cache.
+# How many entries a row of them all has, and one of one variable may have; how
+# many rows there are at most; and how many variables keep a core busy.
+ROW_ENTRIES = 2**18
+SHORTEST = 2**9
+LONGEST = 2**18
+MOST_ROWS = 256
+PER_CORE = 8
+
+
+class EntryUpdate(NamedTuple):
+    """An update of variables that takes one entry at a time.
+
+    Args:
+        function: Takes entries of `inputs` and of `variables`, and returns the
+            new entries of each variable. They do not depend on variables that
+            stand before it.
+        shape: What the variables are to be reshaped to.
+        inputs: Tensors of this shape, or with ones in it.
+        variables: What is to be updated.
+        in_rows: Whether more than the first variable needs all of the inputs,
+            so that cutting them into rows spares memory traffic.
+    """
+
+    function: Callable[..., Sequence[Tensor]]
+    shape: tuple[int, ...]
+    inputs: tuple[Tensor, ...]
+    variables: tuple[Variable, ...]
+    in_rows: bool = False
+
+
+def merging_axes(update: EntryUpdate) -> int:
+    """How many of the first axes can be one for every tensor.
+
+    Along all of them an input has one entry, or as many as the variables.
+    """
+    first_spans = None
+    for axis, n in enumerate(update.shape):
+        spans = [x.shape[axis] for x in update.inputs]
+        spans = [n > 1 for n in spans]
+        if n > 1 and spans != (first_spans := first_spans or spans):
+            return axis
+    return len(update.shape)
+
+
+def rows_of(
+    updates: Sequence[EntryUpdate], cores: int
+) -> tuple[int, list[int]]:
+    """How many rows to cut variables into, and which updates to cut."""
+    sizes = {
+        i: math.prod(update.shape)
+        for i, update in enumerate(updates)
+        if update.in_rows
+    }
+    rows = 1
+    while rows < MOST_ROWS and rows * ROW_ENTRIES < sum(sizes.values()):
+        rows *= 2
+    cut = [
+        i
+        for i, size in sizes.items()
+        if SHORTEST <= size / rows <= LONGEST
+        and math.prod(updates[i].shape[: merging_axes(updates[i])]) % rows == 0
+    ]
+    worthwhile = rows > 1 and len(cut) >= PER_CORE * cores
+    return rows, cut if worthwhile else []
+
+
+def new_values(update: EntryUpdate) -> Sequence[Tensor]:
+    """The new values of the variables, of the shape of the update."""
+    values = (reshape(v, update.shape) for v in update.variables)
+    return update.function(*update.inputs, *values)

@@ -1,0 +1,237 @@
+"""Updates in rows: the numbers of whole ones, in place, and where they are."""
+
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import CASES
+from cases import SCHEMES
+from cases import make_gradients
+from cases import make_variables
+
+from keras_blockwise import BAGM
+from keras_blockwise import BlockAdam
+from keras_blockwise import entries
+from keras_blockwise.entries import EntryUpdate
+from keras_blockwise.entries import merging_axes
+from keras_blockwise.entries import rows_of
+
+# Square, odd, of rank 1 to 4; the last cannot be cut into 4 rows.
+SHAPES = {
+    "dense/kernel": (8, 8),
+    "dense/bias": (12,),
+    "embedding/embeddings": (12, 5),
+    "conv2d/kernel": (3, 3, 4, 2),
+    "query/kernel": (8, 2, 3),
+    "odd/kernel": (7, 3),
+}
+# The names of variables say little of their blocks.
+pytestmark = pytest.mark.filterwarnings("ignore:Names and shapes")
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+@pytest.fixture
+def four_rows(monkeypatch):
+    """Cuts whatever can be cut, and tells into how many rows."""
+    monkeypatch.setattr(entries, "ROW_ENTRIES", 1)
+    monkeypatch.setattr(entries, "SHORTEST", 1)
+    monkeypatch.setattr(entries, "MOST_ROWS", 4)
+    monkeypatch.setattr(entries, "PER_CORE", 0)
+
+
+def train(make, gradients, dtype="float32"):
+    """The weights and the state after some steps of another learning rate."""
+    optimizer = make(jit_compile=True)
+    variables = make_variables(SHAPES, dtype)
+    for step, values in enumerate(gradients):
+        optimizer.learning_rate = 0.1 / (1 + step)
+        optimizer.apply([tf.constant(g, dtype) for g in values], variables)
+    state = [v for v in optimizer.variables if v.shape]
+    function = next(iter(optimizer._cache.functions.values()))
+    return [np.float64(v) for v in variables + state], function
+
+
+def has_loop(function):
+    return any(
+        op.type.endswith("While") for op in function.graph.get_operations()
+    )
+
+
+def check(make, monkeypatch, dtype="float32", steps=3, gradients=None):
+    gradients = gradients or make_gradients(steps, SHAPES)
+    in_rows, function = train(make, gradients, dtype)
+    with monkeypatch.context() as context:
+        context.setattr(entries, "MOST_ROWS", 1)
+        whole, whole_function = train(make, gradients, dtype)
+    assert not has_loop(whole_function)
+    assert len(in_rows) == len(whole)
+    for actual, expected in zip(in_rows, whole):
+        np.testing.assert_allclose(actual, expected, 2e-6, 1e-9)
+    return has_loop(function)
+
+
+@by_case
+def test_rows_have_the_numbers_of_the_whole(case, four_rows, monkeypatch):
+    def make(**kwargs):
+        return case.make(weight_decay=0.1, **kwargs)
+
+    cut = check(make, monkeypatch)
+    rule = case.make().rule()
+    assert cut == (rule.momentum.has_state and not rule.momentum_of_gradient)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_of_every_scheme(scheme, four_rows, monkeypatch):
+    def make(**kwargs):
+        return BAGM(blocking=scheme, **kwargs)
+
+    assert check(make, monkeypatch)
+
+
+@pytest.mark.parametrize("cls", [BAGM, BlockAdam])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rows_of_bfloat16(cls, dtype, four_rows, monkeypatch):
+    def make(**kwargs):
+        return cls(momentum_dtype="bfloat16", **kwargs)
+
+    assert check(make, monkeypatch, dtype)
+
+
+def test_rows_of_float64(four_rows, monkeypatch):
+    assert check(BAGM, monkeypatch, "float64")
+
+
+def test_a_skipped_step_leaves_every_row(four_rows, monkeypatch):
+    def make(**kwargs):
+        return BAGM(skip_nonfinite=True, **kwargs)
+
+    gradients = make_gradients(3, SHAPES)
+    gradients[1][0][-1, -1] = np.inf
+    assert check(make, monkeypatch, gradients=gradients)
+
+
+def test_an_infinite_weight_changes_its_own_row_alone(four_rows):
+    """Also where it is looked at to know that it has been written."""
+    variables = make_variables(SHAPES)
+    kernel = np.array(variables[0])
+    kernel[::2, 0] = np.inf
+    variables[0].assign(kernel)
+    optimizer = BAGM(blocking="variable", jit_compile=True)
+    gradients = make_gradients(1, SHAPES)[0]
+    optimizer.apply([tf.constant(g, "float32") for g in gradients], variables)
+    twin = BAGM(blocking="variable", jit_compile=False)
+    expected = make_variables(SHAPES)
+    expected[0].assign(kernel)
+    twin.apply([tf.constant(g, "float32") for g in gradients], expected)
+    for actual, value in zip(variables, expected):
+        np.testing.assert_allclose(actual, value, 2e-6)
+    for actual, value in zip(optimizer.variables, twin.variables):
+        np.testing.assert_allclose(actual, value, 2e-6)
+
+
+@pytest.mark.parametrize("scheme", ["variable", "output_unit"])
+@pytest.mark.parametrize("momentum_dtype", [None, "bfloat16"])
+def test_rows_are_written_in_place(scheme, momentum_dtype, four_rows):
+    """A copy for every row would make the step a hundred times slower."""
+    optimizer = BAGM(blocking=scheme, momentum_dtype=momentum_dtype)
+    shape = (64, 64)
+    variables = make_variables({"a/kernel": shape, "b/kernel": shape})
+    optimizer.build(variables)
+    gradients = [tf.ones(shape), tf.ones(shape)]
+
+    @tf.function(jit_compile=True, autograph=False)
+    def step():
+        optimizer.apply(gradients, variables)
+
+    step()
+    program = step.experimental_get_compiler_ir()(stage="optimized_hlo")
+    large = [
+        (dtype, operation)
+        for dtype, dims, operation in re.findall(
+            r"= (\w+)\[([\d,]*)\]\S* (copy|fusion)\(", body_of_loop(program)
+        )
+        if np.prod([int(n) for n in dims.split(",") if n]) == 64 * 64
+    ]
+    bits = "u16" if momentum_dtype else "f32"
+    assert sorted(large) == [(d, "fusion") for d in ["f32", "f32", bits, bits]]
+    assert not re.search(r"= \w+\[[^]]*64\S* copy\(", program)
+
+
+def body_of_loop(program):
+    name = re.search(r" while\(.* body=(%[\w.]+)", program)[1]
+    return re.search(rf"^{re.escape(name)} .*?^}}", program, re.M | re.S)[0]
+
+
+def update(shape, *inputs, in_rows=True):
+    tensors = tuple(np.broadcast_to(0.0, i) for i in (*inputs, shape))
+    return EntryUpdate(None, shape, tensors, (), in_rows)
+
+
+@pytest.mark.parametrize(
+    "shape, scale, axes",
+    [
+        ((6, 4), (1, 1), 2),
+        ((6, 4), (1, 4), 1),
+        ((6, 4), (6, 1), 1),
+        ((6, 4), (6, 4), 2),
+        ((3, 3, 8, 4), (1, 1, 1, 4), 3),
+        ((3, 3, 8, 4), (1, 1, 8, 1), 2),
+        ((1, 6, 4), (1, 6, 1), 2),
+        ((6, 1, 4), (1, 1, 4), 2),
+        ((1, 1), (1, 1), 2),
+        ((), (), 0),
+    ],
+)
+def test_axes_that_can_be_one(shape, scale, axes):
+    assert merging_axes(update(shape, scale)) == axes
+
+
+def test_where_rows_are():
+    large = update((1024, 1024), (1, 1))
+    assert rows_of([large] * 16, cores=2) == (64, list(range(16)))
+    # Too few for the cores, of no use, too small, too large, and odd.
+    assert rows_of([large] * 15, cores=2) == (64, [])
+    assert rows_of([large] * 16, cores=3) == (64, [])
+    others = [
+        large._replace(in_rows=False),
+        update((8, 8), (1, 1)),
+        update((2**17, 1024), (1, 1)),
+        update((1023, 1023), (1, 1023)),
+    ]
+    rows, cut = rows_of([*others, *[large] * 16], cores=1)
+    assert (rows, cut) == (256, list(range(4, 20)))
+    # All of it stays in the cache anyway.
+    assert rows_of([update((64, 64), (1, 1))] * 16, cores=1) == (1, [])
+    # More rows would be too short.
+    assert rows_of([large] * 200, cores=1) == (256, list(range(200)))
+
+
+def test_a_step_under_a_strategy_is_cut_on_each_replica(four_rows):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        optimizer = BAGM(0.1, blocking="variable")
+        variables = make_variables(SHAPES)
+        optimizer.build(variables)
+    values = make_gradients(2, SHAPES)
+
+    @tf.function
+    def step():
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        gradients = [
+            tf.cast(tf.where(replica == 0, a, b), tf.float32)
+            for a, b in zip(*values)
+        ]
+        optimizer.apply(gradients, variables)
+
+    strategy.run(step)
+    twin = BAGM(0.1, blocking="variable", jit_compile=False)
+    expected = make_variables(SHAPES)
+    twin.apply(
+        [tf.constant(a + b, "float32") for a, b in zip(*values)], expected
+    )
+    assert len(optimizer._cache.functions) == 2
+    assert all(map(has_loop, optimizer._cache.functions.values()))
+    for actual, value in zip(variables, expected):
+        for copy in strategy.experimental_local_results(actual.value):
+            np.testing.assert_allclose(copy, value, 2e-5)
