@@ -408,18 +408,22 @@ def new_entries(
     dtype: str,
     finite: Tensor,
     scale: Tensor,
-    *entries: Tensor,
+    g: Tensor,
+    w: Tensor,
+    m: Tensor = None,
 ) -> list[Tensor]:
-    """`step` in another dtype than that of the entries, if `finite`."""
-    g, w, m = [ops.cast(x, dtype) for x in entries] + [None] * (
-        3 - len(entries)
-    )
-    new = step(scale, g, w, m)
-    if finite is True:
-        return list(new)
+    """`step` in a dtype that the entries may not have, if `finite`.
+
+    Returns:
+        The new `w`, and the new `m` if there is one.
+    """
+    g, w = ops.cast(g, dtype), ops.cast(w, dtype)
+    m = m if m is None else ops.cast(m, dtype)
+    pairs = zip(step(scale, g, w, m), (w, m))
+    if finite is True:  # Without `skip_nonfinite`.
+        return [new for new, old in pairs if old is not None]
     return [
-        x if old is None else ops.where(finite, x, old)
-        for x, old in zip(new, (w, m))
+        ops.where(finite, new, old) for new, old in pairs if old is not None
     ]
 
 

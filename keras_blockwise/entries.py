@@ -40,7 +40,7 @@ class EntryUpdate(NamedTuple):
     shape: tuple[int, ...]
     inputs: tuple[Tensor, ...]
     variables: tuple[Variable, ...]
-    in_rows: bool = False
+    in_rows: bool
 
 
 def merging_axes(update: EntryUpdate) -> int:
@@ -48,11 +48,10 @@ def merging_axes(update: EntryUpdate) -> int:
 
     Along all of them an input has one entry, or as many as the variables.
     """
-    first_spans = None
+    spans = None
     for axis, n in enumerate(update.shape):
-        spans = [x.shape[axis] for x in update.inputs]
-        spans = [n > 1 for n in spans]
-        if n > 1 and spans != (first_spans := first_spans or spans):
+        here = [x.shape[axis] == n for x in update.inputs]
+        if n > 1 and here != (spans := spans or here):
             return axis
     return len(update.shape)
 
@@ -69,17 +68,17 @@ def rows_of(
     rows = 1
     while rows < MOST_ROWS and rows * ROW_ENTRIES < sum(sizes.values()):
         rows *= 2
-    cut = [
+    to_cut = [
         i
         for i, size in sizes.items()
         if SHORTEST <= size / rows <= LONGEST
         and math.prod(updates[i].shape[: merging_axes(updates[i])]) % rows == 0
     ]
-    worthwhile = rows > 1 and len(cut) >= PER_CORE * cores
-    return rows, cut if worthwhile else []
+    worthwhile = rows > 1 and len(to_cut) >= PER_CORE * cores
+    return rows, to_cut if worthwhile else []
 
 
-def new_values(update: EntryUpdate) -> Sequence[Tensor]:
+def new_values_of_whole(update: EntryUpdate) -> Sequence[Tensor]:
     """The new values of the variables, of the shape of the update."""
     values = (reshape(v, update.shape) for v in update.variables)
     return update.function(*update.inputs, *values)

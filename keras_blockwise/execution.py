@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.entries import merging_axes
-from keras_blockwise.entries import new_values
+from keras_blockwise.entries import new_values_of_whole
 from keras_blockwise.entries import rows_of
 from keras_blockwise.reshaping import reshape
 
@@ -303,12 +303,12 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         in_rows: dict[int, Sequence[Tensor]] = {}
         if self._compiles_for_cpu():
             cores = tf.config.threading.get_intra_op_parallelism_threads()
-            rows, cut = rows_of(updates, cores or os.cpu_count() or 1)
-            if cut:
-                values = new_values_in_rows(rows, [updates[i] for i in cut])
-                in_rows = dict(zip(cut, values))
+            rows, to_cut = rows_of(updates, cores or os.cpu_count() or 1)
+            if to_cut:
+                values = new_values_in_rows(rows, [updates[i] for i in to_cut])
+                in_rows = dict(zip(to_cut, values))
         return [
-            in_rows[i] if i in in_rows else new_values(update)
+            in_rows[i] if i in in_rows else new_values_of_whole(update)
             for i, update in enumerate(updates)
         ]
 
@@ -362,12 +362,12 @@ def compile_update(update: Callable[..., None], tensors: Any) -> Any:
 def new_values_in_rows(
     rows: int, updates: Sequence[EntryUpdate]
 ) -> list[list[Tensor]]:
-    """`new_values` of each update, made for one row of all at a time."""
+    """The new values of the variables, made for one row of all at a time."""
     inputs = [[cut(x, rows, u) for x in u.inputs] for u in updates]
     values = [[cut(v, rows, u) for v in u.variables] for u in updates]
 
     def update_row(row: Tensor, values: Any) -> Any:
-        new_values = []
+        written = []
         for update, xs, own in zip(updates, inputs, values):
             own = list(own)
             dtypes = [x.dtype for x in (*update.inputs, *update.variables)]
@@ -384,8 +384,8 @@ def new_values_in_rows(
                     [index] + [0] * (value.shape.rank - 1),
                 )
                 index = after(at(own[i], index), index)
-            new_values.append(own)
-        return row + 1, new_values
+            written.append(own)
+        return row + 1, written
 
     _, values = tf.while_loop(
         lambda row, values: row < rows, update_row, (tf.constant(0), values)
@@ -407,6 +407,7 @@ def cut(tensor: Tensor, rows: int, update: EntryUpdate) -> Tensor:
 
 
 def at(tensor: Tensor, row: Tensor) -> Tensor:
+    # A scalar index drops the axis, and XLA copies the row for that.
     return tf.gather(tensor, [row])
 
 

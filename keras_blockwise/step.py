@@ -68,12 +68,12 @@ def broadcastable(scale: Tensor, p: Partition) -> tuple[Shape, Tensor]:
     """
     if p.group is not None:
         return p.shape, ops.reshape(scale, (1,) * len(p.shape))
-    if all(tile in (1, n) for n, tile in zip(p.shape, p.block_shape)):
-        return p.shape, ops.reshape(scale, p.grid)
     if len(p.view_shape) > 5:  # TensorFlow broadcasts no higher without XLA.
         for axis, n in enumerate(p.block_shape):
             scale = ops.repeat(scale, n, axis=axis)
         return p.shape, scale
+    if all(tile in (1, n) for n, tile in zip(p.shape, p.block_shape)):
+        return p.shape, ops.reshape(scale, p.grid)
     return p.view_shape, ops.reshape(scale, p.view_grid)
 
 
@@ -103,14 +103,22 @@ class Scalars(NamedTuple):
     decay: Tensor
     weight: Tensor
     root_correction: Tensor
+    numerator: Tensor
     momentum: Update
 
     @classmethod
     def of(cls, rule: Rule, t: Tensor, learning_rate: Tensor) -> "Scalars":
         """Those of step `t`, a scalar that is 1 on the first step."""
         decay, weight, correction = rule.accumulator(t)
-        momentum = rule.momentum.at(t)
-        return cls(learning_rate, decay, weight, correction**0.5, momentum)
+        root = correction**0.5
+        return cls(
+            learning_rate,
+            decay,
+            weight,
+            root_correction=root,
+            numerator=learning_rate * root,
+            momentum=rule.momentum.at(t),
+        )
 
 
 def block_step(
@@ -150,8 +158,7 @@ def block_step(
             ops.sqrt(v) + rule.epsilon * scalars.root_correction
         ),
     }[rule.epsilon_added]()
-    scale = scalars.learning_rate * scalars.root_correction / root
-    return scale, new_statistics
+    return scalars.numerator / root, new_statistics
 
 
 def entry_step(

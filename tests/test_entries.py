@@ -33,7 +33,7 @@ by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 @pytest.fixture
 def four_rows(monkeypatch):
-    """Cuts whatever can be cut, and tells into how many rows."""
+    """Cuts whatever gains from it, also the smallest, into four rows."""
     monkeypatch.setattr(entries, "ROW_ENTRIES", 1)
     monkeypatch.setattr(entries, "SHORTEST", 1)
     monkeypatch.setattr(entries, "MOST_ROWS", 4)
@@ -91,7 +91,7 @@ def test_rows_of_every_scheme(scheme, four_rows, monkeypatch):
 
 @pytest.mark.parametrize("cls", [BAGM, BlockAdam])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_rows_of_bfloat16(cls, dtype, four_rows, monkeypatch):
+def test_rows_of_low_precision(cls, dtype, four_rows, monkeypatch):
     def make(**kwargs):
         return cls(momentum_dtype="bfloat16", **kwargs)
 
@@ -203,7 +203,7 @@ def test_where_rows_are():
     assert (rows, cut) == (256, list(range(4, 20)))
     # All of it stays in the cache anyway.
     assert rows_of([update((64, 64), (1, 1))] * 16, cores=1) == (1, [])
-    # More rows would be too short.
+    # No more rows than that, however large the model is.
     assert rows_of([large] * 200, cores=1) == (256, list(range(200)))
 
 
