@@ -407,7 +407,7 @@ def cut(tensor: Tensor, rows: int, update: EntryUpdate) -> Tensor:
 
 
 def at(tensor: Tensor, row: Tensor) -> Tensor:
-    # A scalar index drops the axis, and XLA copies the row for that.
+    # It keeps the axis, and XLA writes back a row of the same shape in place.
     return tf.gather(tensor, [row])
 
 
