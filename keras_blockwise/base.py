@@ -251,9 +251,12 @@ class BlockwiseOptimizer(FusedOptimizer):
             ):
                 shape, entry_scale = broadcastable(scale, p)
                 step = partial(entry_step, rule, scalars[dtype], weight_decay)
-                # Else the weights need only what will be stored as momentum.
-                in_rows = m is not None and not (
-                    rule.momentum_of_gradient and m.dtype == dtype
+                # With the momentum of g, w needs only what m is to be; and XLA
+                # would copy all of a variable that is stored in 16 bits.
+                in_rows = (
+                    m is not None
+                    and not rule.momentum_of_gradient
+                    and w.dtype == m.dtype == dtype
                 )
                 updates.append(
                     EntryUpdate(

@@ -33,7 +33,8 @@ class EntryUpdate(NamedTuple):
         inputs: Tensors of this shape, or with ones in it.
         variables: What is to be updated.
         in_rows: Whether more than the first variable needs all of the inputs,
-            so that cutting them into rows spares memory traffic.
+            so that cutting them into rows spares memory traffic. The function
+            returns the dtypes of the variables then.
     """
 
     function: Callable[..., Sequence[Tensor]]

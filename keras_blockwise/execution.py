@@ -370,17 +370,14 @@ def new_values_in_rows(
         written = []
         for update, xs, own in zip(updates, inputs, values):
             own = list(own)
-            dtypes = [x.dtype for x in (*update.inputs, *update.variables)]
             index = row
             for i, value in enumerate(own):
                 entries = [
-                    from_bits(x if x.shape[0] == 1 else at(x, index), dtype)
-                    for x, dtype in zip((*xs, *own), dtypes)
+                    x if x.shape[0] == 1 else at(x, index) for x in (*xs, *own)
                 ]
-                new = update.function(*entries)[i]
                 own[i] = xla.dynamic_update_slice(
                     value,
-                    to_bits(tf.cast(new, update.variables[i].dtype)),
+                    update.function(*entries)[i],
                     [index] + [0] * (value.shape.rank - 1),
                 )
                 index = after(at(own[i], index), index)
@@ -390,10 +387,7 @@ def new_values_in_rows(
     _, values = tf.while_loop(
         lambda row, values: row < rows, update_row, (tf.constant(0), values)
     )
-    return [
-        [from_bits(x, v.dtype) for x, v in zip(own, update.variables)]
-        for update, own in zip(updates, values)
-    ]
+    return list(values)
 
 
 def cut(tensor: Tensor, rows: int, update: EntryUpdate) -> Tensor:
@@ -403,24 +397,12 @@ def cut(tensor: Tensor, rows: int, update: EntryUpdate) -> Tensor:
     axes = merging_axes(update)
     n = math.prod(tensor.shape[:axes])
     first = (rows, n // rows) if n > 1 else (1, 1)
-    return to_bits(tf.reshape(tensor, (*first, *tensor.shape[axes:])))
+    return tf.reshape(tensor, (*first, *tensor.shape[axes:]))
 
 
 def at(tensor: Tensor, row: Tensor) -> Tensor:
     # It keeps the axis, and XLA writes back a row of the same shape in place.
     return tf.gather(tensor, [row])
-
-
-def to_bits(tensor: Tensor) -> Tensor:
-    """Numbers of 16 bits as integers.
-
-    To write a row of them, XLA would convert them all to float32 and back.
-    """
-    return tf.bitcast(tensor, tf.uint16) if tensor.dtype.size == 2 else tensor
-
-
-def from_bits(tensor: Tensor, dtype: Any) -> Tensor:
-    return tf.bitcast(tensor, dtype) if tensor.dtype == tf.uint16 else tensor
 
 
 def after(tensor: Tensor, index: Tensor) -> Tensor:
@@ -429,8 +411,7 @@ def after(tensor: Tensor, index: Tensor) -> Tensor:
     XLA writes in place what nobody reads afterwards; it needs to know that.
     """
     first = tf.reshape(tensor, [-1])[0]
-    never = tf.cast(first, tf.float32) > np.inf
-    return index + tf.cast(never, index.dtype)
+    return index + tf.cast(first > np.inf, index.dtype)
 
 
 def native(variable: Variable) -> Any:
