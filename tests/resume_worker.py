@@ -19,6 +19,7 @@ import conftest  # noqa: F401 (two devices)
 import keras
 import numpy as np
 import tensorflow as tf
+from replicas import two_replicas
 
 import keras_blockwise as kb
 
@@ -133,11 +134,7 @@ def fit(model: keras.Model, start: int, *callbacks: Any, end: int) -> None:
 def strategy_of(mode: str) -> Any:
     if mode != "replicas":
         return tf.distribute.get_strategy()
-    return tf.distribute.MirroredStrategy(
-        ["CPU:0", "CPU:1"],
-        # The collectives of one strategy clash with those of another.
-        tf.distribute.ReductionToOneDevice(),
-    )
+    return two_replicas()
 
 
 def train(setting: Setting, folder: Path) -> Any:

@@ -9,6 +9,7 @@ from cases import CASES
 from cases import SCHEMES
 from cases import make_gradients
 from cases import make_variables
+from replicas import two_replicas
 
 from keras_blockwise import BAGM
 from keras_blockwise import entries
@@ -211,7 +212,7 @@ def test_where_rows_are():
 
 
 def test_a_step_under_a_strategy_is_cut_on_each_replica(four_rows):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     with strategy.scope():
         optimizer = BAGM(0.1, blocking="variable")
         variables = make_variables(SHAPES)

@@ -10,6 +10,7 @@ from cases import Case
 from cases import make_gradients
 from cases import make_variables
 from cases import tensors
+from replicas import two_replicas
 
 import keras_blockwise as kb
 
@@ -242,11 +243,7 @@ MIXED = kb.Blocking(
 
 @pytest.fixture
 def strategy():
-    return tf.distribute.MirroredStrategy(
-        ["CPU:0", "CPU:1"],
-        # The collectives of several strategies in one process clash.
-        tf.distribute.ReductionToOneDevice(),
-    )
+    return two_replicas()
 
 
 def replica_gradients(strategy, steps=STEPS, shapes=SHAPES):

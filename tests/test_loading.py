@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from replicas import two_replicas
 
 import keras_blockwise as kb
 
@@ -277,7 +278,7 @@ def assert_put_back(model, variables):
 
 
 def test_every_replica_is_put_back():
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with two_replicas().scope():
         model = make_model(block_adam())
     assert_put_back(model, model.variables + model.optimizer.variables)
     for variable in model.trainable_variables:

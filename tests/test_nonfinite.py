@@ -8,6 +8,7 @@ from cases import CASES
 from cases import Case
 from cases import make_gradients
 from cases import make_variables
+from replicas import two_replicas
 
 import keras_blockwise as kb
 
@@ -32,14 +33,6 @@ def spoiled(gradients, value):
     gradients = [g.copy() for g in gradients]
     gradients[1][-1] = value
     return gradients
-
-
-def mirrored():
-    return tf.distribute.MirroredStrategy(
-        ["CPU:0", "CPU:1"],
-        # The collectives of one strategy clash with those of another.
-        tf.distribute.ReductionToOneDevice(),
-    )
 
 
 class Run:
@@ -124,7 +117,7 @@ def make_run(context, row, **kwargs):
     if context != "replicas":
         make = {"eager": make_eager, "function": make_function}[context]
         return make(row.make(**kwargs), make_variables())
-    strategy = mirrored()
+    strategy = two_replicas()
     with strategy.scope():
         return make_replicas(strategy, row.make(**kwargs), make_variables())
 
@@ -276,7 +269,7 @@ MODES = {
 def test_fit(row, mode, tmp_path):
     strategy = tf.distribute.get_strategy()
     if mode == "replicas":
-        strategy = mirrored()
+        strategy = two_replicas()
     with strategy.scope():
         model = make_model()
         optimizer = row.make(skip_nonfinite=True, weight_decay=0.25)

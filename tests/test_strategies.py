@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from cases import CASES
+from replicas import two_replicas
 
 import keras_blockwise as kb
 
@@ -33,12 +34,7 @@ TOLERANCE = 1e-11
 STRATEGIES = {
     "default": tf.distribute.get_strategy,
     "one device": lambda: tf.distribute.OneDeviceStrategy("CPU:0"),
-    "two replicas": lambda: tf.distribute.MirroredStrategy(
-        ["CPU:0", "CPU:1"],
-        # The collectives of several strategies in one process disturb each
-        # other. `train_four_replicas` has a process of its own for them.
-        cross_device_ops=tf.distribute.ReductionToOneDevice(),
-    ),
+    "two replicas": two_replicas,
 }
 # The row of each class with the most state.
 LAST_OF_CLASS = list({case.cls: case for case in CASES}.values())
