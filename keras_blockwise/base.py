@@ -4,10 +4,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from keras_blockwise.blocking import Row
 from keras_blockwise.blocking import Tile
 from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.execution import FusedOptimizer
+from keras_blockwise.execution import read
 from keras_blockwise.partition import Partition
 from keras_blockwise.partition import Shape
 from keras_blockwise.reshaping import reshape
@@ -210,17 +211,24 @@ class BlockwiseOptimizer(FusedOptimizer):
             for group in groups
         ]
         materialize = self.materializer()
-        means = [
+        means: Iterable[dict[str, Tensor]] = (
             block_means(
                 rule,
-                [ops.cast(gradients[p], dtype) for p in group.positions],
+                [
+                    self.scheduled_with(
+                        group.statistics["velocity"],
+                        ops.cast(gradients[p], dtype),
+                    )
+                    for p in group.positions
+                ],
                 group.partitions,
                 materialize,
             )
             for group, dtype in zip(groups, dtypes)
-        ]
+        )
         finite = True
         if self.skip_nonfinite:
+            means = list(means)
             finite = ops.all(
                 ops.stack([ops.all(ops.isfinite(m["velocity"])) for m in means])
             )
@@ -263,15 +271,17 @@ class BlockwiseOptimizer(FusedOptimizer):
                         partial(new_entries, step, dtype, finite),
                         shape,
                         (entry_scale, reshape(gradients[position], shape)),
-                        (w,) if m is None else (w, m),
+                        tuple(
+                            reshape(read(v), shape)
+                            for v in ([w] if m is None else [w, m])
+                        ),
                         in_rows,
                     )
                 )
-        new_values = zip(updates, self.new_values(updates))
+        new_values = iter(self.new_values(updates))
         for group, new in zip(groups, statistics):
-            # In this order, a CPU has the gradient still in its cache.
-            for update, values in islice(new_values, len(group.positions)):
-                for variable, value in zip(update.variables, values):
+            for variables in zip(group.weights, group.moments):
+                for variable, value in zip(variables, next(new_values)):
                     self.assign(variable, reshape(value, variable.shape))
             for name, value in new.items():
                 self.assign(group.statistics[name], value)

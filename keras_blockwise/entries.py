@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
-from keras_blockwise.reshaping import reshape
-
 Tensor = Any
-Variable = Any
 
 # XLA makes one pass over memory for every variable that it writes on a CPU. If
 # all variables are updated row by row, later passes find a row in the cache.
@@ -26,12 +23,12 @@ class EntryUpdate(NamedTuple):
     """An update of variables that takes one entry at a time.
 
     Args:
-        function: Takes entries of `inputs` and of `variables`, and returns the
-            new entries of each variable. They do not depend on variables that
-            stand before it.
-        shape: What the variables are to be reshaped to.
+        function: Takes entries of `inputs` and of `values`, and returns the new
+            entries of each variable. They do not depend on variables that stand
+            before it.
+        shape: That of the variables, or what they are reshaped to.
         inputs: Tensors of this shape, or with ones in it.
-        variables: What is to be updated.
+        values: Tensors of this shape, what the variables are now.
         in_rows: Whether more than the first variable needs all of the inputs,
             so that cutting them into rows spares memory traffic. The function
             returns the dtypes of the variables then.
@@ -40,7 +37,7 @@ class EntryUpdate(NamedTuple):
     function: Callable[..., Sequence[Tensor]]
     shape: tuple[int, ...]
     inputs: tuple[Tensor, ...]
-    variables: tuple[Variable, ...]
+    values: tuple[Tensor, ...]
     in_rows: bool
 
 
@@ -81,5 +78,4 @@ def rows_of(
 
 def new_values_of_whole(update: EntryUpdate) -> Sequence[Tensor]:
     """The new values of the variables, of the shape of the update."""
-    values = (reshape(v, update.shape) for v in update.variables)
-    return update.function(*update.inputs, *values)
+    return update.function(*update.inputs, *update.values)

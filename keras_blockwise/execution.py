@@ -17,7 +17,6 @@ from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.entries import merging_axes
 from keras_blockwise.entries import new_values_of_whole
 from keras_blockwise.entries import rows_of
-from keras_blockwise.reshaping import reshape
 
 Tensor = Any
 Variable = Any
@@ -312,6 +311,18 @@ class FusedOptimizer(keras.optimizers.Optimizer):
             for i, update in enumerate(updates)
         ]
 
+    def scheduled_with(self, variable: Variable, gradient: Tensor) -> Tensor:
+        """The gradient, for sums that a CPU is to make along with the momentum.
+
+        XLA runs first what needs the first arguments only. It would make the
+        sums of all gradients and then all momenta, when the gradients have left
+        the cache. So the sums need an argument that stands next to a momentum.
+        """
+        size = math.prod(variable.shape)
+        if not self._compiles_for_cpu() or math.prod(gradient.shape) <= size:
+            return gradient
+        return after(read(variable), gradient)
+
     def materializer(self) -> Callable[[Tensor], Tensor] | None:
         """What keeps XLA from joining what makes a tensor with what takes it.
 
@@ -364,7 +375,7 @@ def new_values_in_rows(
 ) -> list[list[Tensor]]:
     """The new values of the variables, made for one row of all at a time."""
     inputs = [[cut(x, rows, u) for x in u.inputs] for u in updates]
-    values = [[cut(v, rows, u) for v in u.variables] for u in updates]
+    values = [[cut(v, rows, u) for v in u.values] for u in updates]
 
     def update_row(row: Tensor, values: Any) -> Any:
         written = []
@@ -380,6 +391,7 @@ def new_values_in_rows(
                     update.function(*entries)[i],
                     [index] + [0] * (value.shape.rank - 1),
                 )
+                # XLA writes in place what nobody reads afterwards.
                 index = after(at(own[i], index), index)
             written.append(own)
         return row + 1, written
@@ -392,8 +404,6 @@ def new_values_in_rows(
 
 def cut(tensor: Tensor, rows: int, update: EntryUpdate) -> Tensor:
     """Rows of a tensor; one, if it has one entry along the axes to be cut."""
-    if isinstance(tensor, tf.Variable):
-        tensor = reshape(tensor, update.shape)
     axes = merging_axes(update)
     n = math.prod(tensor.shape[:axes])
     first = (rows, n // rows) if n > 1 else (1, 1)
@@ -405,13 +415,10 @@ def at(tensor: Tensor, row: Tensor) -> Tensor:
     return tf.gather(tensor, [row])
 
 
-def after(tensor: Tensor, index: Tensor) -> Tensor:
-    """`index`, once `tensor` is known.
-
-    XLA writes in place what nobody reads afterwards; it needs to know that.
-    """
-    first = tf.reshape(tensor, [-1])[0]
-    return index + tf.cast(first > np.inf, index.dtype)
+def after(tensor: Tensor, value: Tensor) -> Tensor:
+    """`value`, which XLA believes to depend on `tensor`."""
+    never = tf.reshape(tensor, [-1])[0] > np.inf
+    return tf.where(never, tf.zeros_like(value), value)
 
 
 def native(variable: Variable) -> Any:
@@ -419,6 +426,16 @@ def native(variable: Variable) -> Any:
     if isinstance(variable, keras.Variable):
         return variable.value
     return variable
+
+
+def read(variable: Variable) -> Tensor:
+    """What a variable is now; `keras.ops` would read it only when it is used.
+
+    The order of the reads is the order of the arguments of a compiled update.
+    """
+    if keras.backend.backend() == "tensorflow":
+        return tf.convert_to_tensor(variable)
+    return keras.ops.convert_to_tensor(variable)
 
 
 def on_cpu(variables: Sequence[Variable]) -> bool:

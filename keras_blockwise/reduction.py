@@ -37,8 +37,8 @@ Tensor = Any
 Materialize = Callable[[Tensor], Tensor]
 
 # The most terms of a sum that XLA makes fast on a CPU; how many neighbouring
-# sums it makes at once; how far apart, in numbers, the terms of one should be;
-# and from how many numbers on partial sums are worth it.
+# sums it makes at once; how far apart, in numbers, the terms of one should be,
+# if they cannot be next to those; and how many numbers are worth partial sums.
 LONGEST = 32
 LANES = 8
 FAR = 1024
@@ -125,15 +125,15 @@ def terms_and_distance(n: int, width: int) -> tuple[int, int]:
     So that no row is left over, if `n` has divisors for that, and that so many
     sums are left that XLA does not join theirs with them.
     """
-    most = min(LONGEST, n // (LONGEST + 1))
+    most = min(LONGEST, n // (LONGEST + LANES))
     if most < 2:
         return 1, 1
-    farthest = max(FAR // width, 1)
+    nearest = -(-LANES // width)
+    distances = range(nearest, 2 * nearest)
+    if width > 2 * LANES:
+        distances = range(max(FAR // width, 1), 0, -1)
     for terms in range(most, most // 2, -1):
-        if n % terms == 0:
-            count = n // terms
-            distances = range(1, min(farthest, count) + 1)
-            distance = max(d for d in distances if count % d == 0)
-            if distance * width >= LANES:
+        for distance in distances:
+            if n % (terms * distance) == 0:
                 return terms, distance
-    return most, 1 if width >= LANES else min(farthest, n // most)
+    return most, 1 if width >= LANES else nearest

@@ -82,7 +82,7 @@ def test_parts_are_short_and_leave_many(shape, block_shape):
         assert 1 <= distance <= n // terms
         # XLA joins loops of no more than that, and both become slow.
         assert terms == 1 or n // (terms * distance) * distance > LONGEST
-        assert terms > 1 or n < 2 * (LONGEST + 1)
+        assert terms > 1 or n < 2 * (LONGEST + LANES)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,12 @@ def test_parts_are_short_and_leave_many(shape, block_shape):
     [
         (768, 3072, (16, 1)),  # 24 and 32 would leave 32 and 24.
         (4608, 512, (32, 2)),
-        (1152, 128, (32, 6)),  # 8 would not divide 36.
-        (997, 10_000, (30, 1)),  # With a rest.
-        (2 * 1009, 1, (32, 63)),  # 2 would be its only divisor.
+        (1152, 128, (24, 8)),
+        (997, 10_000, (24, 1)),  # With a rest.
+        (2**16, 1, (32, 8)),  # One term right after the other.
+        (9 * 2**11, 1, (32, 8)),
+        (25 * 2**8, 3, (32, 4)),  # 3 would not divide 200.
+        (2 * 1009, 1, (32, 8)),  # 2 would be its only divisor.
         (64, 64, (1, 1)),
     ],
 )
