@@ -17,6 +17,7 @@ from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.entries import merging_axes
 from keras_blockwise.entries import new_values_of_whole
 from keras_blockwise.entries import rows_of
+from keras_blockwise.reduction import MANY
 
 Tensor = Any
 Variable = Any
@@ -318,8 +319,8 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         sums of all gradients and then all momenta, when the gradients have left
         the cache. So the sums need an argument that stands next to a momentum.
         """
-        size = math.prod(variable.shape)
-        if not self._compiles_for_cpu() or math.prod(gradient.shape) <= size:
+        few = max(MANY, math.prod(variable.shape))
+        if not self._compiles_for_cpu() or math.prod(gradient.shape) <= few:
             return gradient
         return after(read(variable), gradient)
 

@@ -12,6 +12,7 @@ from cases import make_variables
 from replicas import two_replicas
 
 from keras_blockwise import BAGM
+from keras_blockwise import BlockAdam
 from keras_blockwise import entries
 from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.entries import merging_axes
@@ -160,6 +161,27 @@ def test_rows_are_written_in_place(scheme, four_rows):
     ]
     assert large == ["fusion"] * 4  # Two kernels, and the momentum of each.
     assert not re.search(r"= \w+\[[^]]*64\S* copy\(", program)
+
+
+@pytest.mark.parametrize("scheme", ["variable", "output_unit"])
+def test_a_sum_stands_next_to_the_momentum(scheme):
+    """In the order of the program, the gradient is still in the cache."""
+    optimizer = BlockAdam(blocking=scheme)
+    variables = make_variables({f"{name}/kernel": (96, 64) for name in "abc"})
+    optimizer.build(variables)
+    gradients = [tf.ones((96, 64)) for _ in variables]
+
+    @tf.function(jit_compile=True, autograph=False)
+    def step():
+        optimizer.apply(gradients, variables)
+
+    step()
+    program = step.experimental_get_compiler_ir()(stage="optimized_hlo")
+    main = program[program.index("ENTRY") :]
+    # What reads a gradient, in order, and whether it makes a whole variable.
+    reads = re.findall(r"= f32\[([\d,]*)\]\S* fusion\(%arg([234])\.", main)
+    whole = [(dims == "96,64", gradient) for dims, gradient in reads]
+    assert whole == [(is_m, n) for n in "234" for is_m in (False, True)]
 
 
 def body_of_loop(program):
