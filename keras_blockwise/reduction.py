@@ -9,14 +9,14 @@ Sums of squares in GB/s of float32 read, on two cores of an EPYC, by
 `python -m benchmarks.sums`:
 
     shape               summed over   plain   in parts
-    (768, 3072)         everything      2.1       11.1
-    (3, 3, 256, 256)    everything      1.9        9.6
-    (768, 3072)         columns         2.1       11.9
-    (2048, 1000)        columns         2.0       11.0
-    (1733, 997)         columns         1.9       10.0
-    (3, 3, 512, 512)    columns         1.1       10.4
-    (8192, 768)         rows            4.6       13.8
-    (65536, 64)         rows            4.4        8.0
+    (768, 3072)         everything      2.2       12.7
+    (3, 3, 256, 256)    everything      2.1       13.1
+    (768, 3072)         columns         2.4       11.7
+    (2048, 1000)        columns         2.3       11.8
+    (1733, 997)         columns         2.3       13.0
+    (3, 3, 512, 512)    columns         1.1       11.3
+    (8192, 768)         rows            4.8       14.7
+    (65536, 64)         rows            2.2        9.2
 
 Other forms lost: a product of the whole gradient with ones takes as much memory
 as the gradient, adding up slices takes longer to compile and to run, and of
