@@ -433,10 +433,11 @@ def new_entries(
     g, w = ops.cast(g, dtype), ops.cast(w, dtype)
     m = m if m is None else ops.cast(m, dtype)
     pairs = zip(step(scale, g, w, m), (w, m))
-    if finite is True:  # Without `skip_nonfinite`.
-        return [new for new, old in pairs if old is not None]
     return [
-        ops.where(finite, new, old) for new, old in pairs if old is not None
+        # It is `True` itself without `skip_nonfinite`.
+        new if finite is True else ops.where(finite, new, old)
+        for new, old in pairs
+        if old is not None
     ]
 
 

@@ -74,8 +74,3 @@ def rows_of(
     ]
     worthwhile = rows > 1 and len(to_cut) >= PER_CORE * cores
     return rows, to_cut if worthwhile else []
-
-
-def new_values_of_whole(update: EntryUpdate) -> Sequence[Tensor]:
-    """The new values of the variables, of the shape of the update."""
-    return update.function(*update.inputs, *update.values)

@@ -15,7 +15,6 @@ import numpy as np
 
 from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.entries import merging_axes
-from keras_blockwise.entries import new_values_of_whole
 from keras_blockwise.entries import rows_of
 from keras_blockwise.reduction import MANY
 
@@ -308,8 +307,8 @@ class FusedOptimizer(keras.optimizers.Optimizer):
                 values = new_values_in_rows(rows, [updates[i] for i in to_cut])
                 in_rows = dict(zip(to_cut, values))
         return [
-            in_rows[i] if i in in_rows else new_values_of_whole(update)
-            for i, update in enumerate(updates)
+            in_rows[i] if i in in_rows else u.function(*u.inputs, *u.values)
+            for i, u in enumerate(updates)
         ]
 
     def scheduled_with(self, variable: Variable, gradient: Tensor) -> Tensor:

@@ -140,18 +140,7 @@ def test_an_infinite_weight_changes_its_own_row_alone(four_rows):
 @pytest.mark.parametrize("scheme", ["variable", "output_unit"])
 def test_rows_are_written_in_place(scheme, four_rows):
     """A copy for every row would make the step a hundred times slower."""
-    optimizer = BAGM(blocking=scheme)
-    shape = (64, 64)
-    variables = make_variables({"a/kernel": shape, "b/kernel": shape})
-    optimizer.build(variables)
-    gradients = [tf.ones(shape), tf.ones(shape)]
-
-    @tf.function(jit_compile=True, autograph=False)
-    def step():
-        optimizer.apply(gradients, variables)
-
-    step()
-    program = step.experimental_get_compiler_ir()(stage="optimized_hlo")
+    program = program_of(BAGM(blocking=scheme), (64, 64), "ab")
     large = [
         operation
         for dims, operation in re.findall(
@@ -166,22 +155,26 @@ def test_rows_are_written_in_place(scheme, four_rows):
 @pytest.mark.parametrize("scheme", ["variable", "output_unit"])
 def test_a_sum_stands_next_to_the_momentum(scheme):
     """In the order of the program, the gradient is still in the cache."""
-    optimizer = BlockAdam(blocking=scheme)
-    variables = make_variables({f"{name}/kernel": (96, 64) for name in "abc"})
+    program = program_of(BlockAdam(blocking=scheme), (96, 64), "abc")
+    main = program[program.index("ENTRY") :]
+    # What reads a gradient, in order, and whether it makes a whole variable.
+    reads = re.findall(r"= f32\[([\d,]*)\]\S* fusion\(%arg([234])\.", main)
+    whole = [(dims == "96,64", gradient) for dims, gradient in reads]
+    assert whole == [(is_m, n) for n in "234" for is_m in (False, True)]
+
+
+def program_of(optimizer, shape, layers):
+    """What XLA makes of a step of some kernels."""
+    variables = make_variables({f"{name}/kernel": shape for name in layers})
     optimizer.build(variables)
-    gradients = [tf.ones((96, 64)) for _ in variables]
+    gradients = [tf.ones(shape) for _ in variables]
 
     @tf.function(jit_compile=True, autograph=False)
     def step():
         optimizer.apply(gradients, variables)
 
     step()
-    program = step.experimental_get_compiler_ir()(stage="optimized_hlo")
-    main = program[program.index("ENTRY") :]
-    # What reads a gradient, in order, and whether it makes a whole variable.
-    reads = re.findall(r"= f32\[([\d,]*)\]\S* fusion\(%arg([234])\.", main)
-    whole = [(dims == "96,64", gradient) for dims, gradient in reads]
-    assert whole == [(is_m, n) for n in "234" for is_m in (False, True)]
+    return step.experimental_get_compiler_ir()(stage="optimized_hlo")
 
 
 def body_of_loop(program):

@@ -88,7 +88,7 @@ def test_parts_are_short_and_leave_many(shape, block_shape):
 @pytest.mark.parametrize(
     "n, width, expected",
     [
-        (768, 3072, (16, 1)),  # 24 and 32 would leave 32 and 24.
+        (768, 3072, (16, 1)),  # 24 would leave 32.
         (4608, 512, (32, 2)),
         (1152, 128, (24, 8)),
         (997, 10_000, (24, 1)),  # With a rest.
