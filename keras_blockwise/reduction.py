@@ -129,9 +129,11 @@ def terms_and_distance(n: int, width: int) -> tuple[int, int]:
     if most < 2:
         return 1, 1
     nearest = -(-LANES // width)
-    distances = range(nearest, 2 * nearest)
+    distances: Sequence[int] = range(nearest, 2 * nearest)
     if width > 2 * LANES:
-        distances = range(max(FAR // width, 1), 0, -1)
+        # Powers of two: with others XLA divides to find its way in 5 axes.
+        exponent = max(FAR // width, 1).bit_length() - 1
+        distances = [2**i for i in range(exponent, -1, -1)]
     for terms in range(most, most // 2, -1):
         for distance in distances:
             if n % (terms * distance) == 0:

@@ -96,6 +96,7 @@ def test_parts_are_short_and_leave_many(shape, block_shape):
         (9 * 2**11, 1, (32, 8)),
         (25 * 2**8, 3, (32, 4)),  # 3 would not divide 200.
         (2 * 1009, 1, (32, 8)),  # 2 would be its only divisor.
+        (1728, 64, (32, 2)),  # 9 would divide 54.
         (64, 64, (1, 1)),
     ],
 )
