@@ -122,20 +122,18 @@ def partial_sums(
 def terms_and_distance(n: int, width: int) -> tuple[int, int]:
     """How many of `n` rows a partial sum adds, and how far apart they are.
 
-    So that no row is left over, if `n` has divisors for that, and that so many
-    sums are left that XLA does not join theirs with them.
+    So that few rows are left over, and that so many sums are left that XLA does
+    not join theirs with them.
     """
     most = min(LONGEST, n // (LONGEST + LANES))
     if most < 2:
         return 1, 1
-    nearest = -(-LANES // width)
-    distances: Sequence[int] = range(nearest, 2 * nearest)
-    if width > 2 * LANES:
-        # Powers of two: with others XLA divides to find its way in 5 axes.
-        exponent = max(FAR // width, 1).bit_length() - 1
-        distances = [2**i for i in range(exponent, -1, -1)]
+    if width <= 2 * LANES:
+        return most, -(-LANES // width)
+    # Powers of two: with others, XLA divides to find a number in 5 axes.
+    exponent = max(FAR // width, 1).bit_length() - 1
     for terms in range(most, most // 2, -1):
-        for distance in distances:
+        for distance in (2**i for i in range(exponent, -1, -1)):
             if n % (terms * distance) == 0:
                 return terms, distance
-    return most, 1 if width >= LANES else nearest
+    return most, 1

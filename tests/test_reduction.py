@@ -93,9 +93,8 @@ def test_parts_are_short_and_leave_many(shape, block_shape):
         (1152, 128, (24, 8)),
         (997, 10_000, (24, 1)),  # With a rest.
         (2**16, 1, (32, 8)),  # One term right after the other.
-        (9 * 2**11, 1, (32, 8)),
-        (25 * 2**8, 3, (32, 4)),  # 3 would not divide 200.
-        (2 * 1009, 1, (32, 8)),  # 2 would be its only divisor.
+        (7 * 7 * 3 * 64, 1, (32, 8)),  # With a rest, but not 14 apart.
+        (25 * 2**8, 3, (32, 3)),
         (1728, 64, (32, 2)),  # 9 would divide 54.
         (64, 64, (1, 1)),
     ],
