@@ -9,14 +9,16 @@ Sums of squares in GB/s of float32 read, on two cores of an EPYC, by
 `python -m benchmarks.sums`:
 
     shape               summed over   plain   in parts
-    (768, 3072)         everything      2.2       12.7
-    (3, 3, 256, 256)    everything      2.1       13.1
-    (768, 3072)         columns         2.4       11.7
-    (2048, 1000)        columns         2.3       11.8
-    (1733, 997)         columns         2.3       13.0
-    (3, 3, 512, 512)    columns         1.1       11.3
-    (8192, 768)         rows            4.8       14.7
-    (65536, 64)         rows            2.2        9.2
+    (768, 3072)         everything      1.4       14.2
+    (3, 3, 256, 256)    everything      1.6       16.6
+    (7, 7, 3, 64)       everything      0.9        2.3
+    (768, 3072)         columns         1.9       13.3
+    (2048, 1000)        columns         1.6       13.8
+    (1733, 997)         columns         1.5       13.7
+    (3, 3, 512, 512)    columns         1.1       11.9
+    (3, 3, 3, 64, 64)   columns         3.6        8.5
+    (8192, 768)         rows            1.5       17.0
+    (65536, 64)         rows            1.6        9.7
 
 Other forms lost: a product of the whole gradient with ones takes as much memory
 as the gradient, adding up slices takes longer to compile and to run, and of
