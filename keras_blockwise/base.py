@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from functools import partial
@@ -22,13 +21,19 @@ from keras_blockwise.blocking import Tile
 from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.execution import FusedOptimizer
 from keras_blockwise.execution import read
+from keras_blockwise.execution import scheduled_with
 from keras_blockwise.partition import Partition
 from keras_blockwise.partition import Shape
+from keras_blockwise.reshaping import join
 from keras_blockwise.reshaping import reshape
+from keras_blockwise.reshaping import take_apart
 from keras_blockwise.state import ITEM_SIZES
-from keras_blockwise.state import Group
+from keras_blockwise.state import Accumulators
+from keras_blockwise.state import Batch
+from keras_blockwise.state import Part
 from keras_blockwise.state import Slot
 from keras_blockwise.state import State
+from keras_blockwise.state import homes
 from keras_blockwise.state import plan_slots
 from keras_blockwise.step import Rule
 from keras_blockwise.step import Scalars
@@ -142,10 +147,17 @@ class BlockwiseOptimizer(FusedOptimizer):
         if self._restored is not None:
             check_layout(self._planned_layout(variables, slots), self._restored)
         super().build(variables)
-        slot_variables = [
-            self.add_slot(variables[s.index], s.name, s.shape, s.dtype, s.value)
-            for s in slots
-        ]
+        slot_variables = []
+        for members in homes(slots):
+            slot = members[0]
+            first = variables[slot.index]
+            name, shape = slot_name(Weight.of(first), slot), slot.shape
+            if len(members) > 1:
+                name = f"small_{slot.name}"
+                shape = (sum(member.size for member in members),)
+            slot_variables.append(
+                self.add_slot(first, name, shape, slot.dtype, slot.value)
+            )
         self._state = State(self.rule(), variables, rows, slots, slot_variables)
 
     def plan(
@@ -186,7 +198,7 @@ class BlockwiseOptimizer(FusedOptimizer):
         state = self.block_state
         return state.variables, state.rows, state.slots
 
-    def variables_of(self, indices: Sequence[int]) -> list[Group]:
+    def variables_of(self, indices: Sequence[int]) -> Batch:
         state = self.block_state
 
         def weight_decay(i: int) -> float:
@@ -195,40 +207,20 @@ class BlockwiseOptimizer(FusedOptimizer):
                 return 0.0
             return self.weight_decay_of(state.variables[i])
 
-        return state.groups(indices, weight_decay)
+        return state.batch(indices, weight_decay)
 
     def update_all(
         self,
-        groups: list[Group],
+        batch: Batch,
         gradients: Sequence[Tensor],
         learning_rate: Tensor,
         iterations: Tensor,
     ) -> Tensor:
         rule = self.block_state.rule
-        # Float32 or wider: in bfloat16, a beta_2 of 0.999 is 1.
-        dtypes = [
-            keras.backend.standardize_dtype(group.statistics["velocity"].dtype)
-            for group in groups
-        ]
-        materialize = self.materializer()
-        means: Iterable[dict[str, Tensor]] = (
-            block_means(
-                rule,
-                [
-                    self.scheduled_with(
-                        group.statistics["velocity"],
-                        ops.cast(gradients[p], dtype),
-                    )
-                    for p in group.positions
-                ],
-                group.partitions,
-                materialize,
-            )
-            for group, dtype in zip(groups, dtypes)
-        )
+        values, statistics = read_batch(batch)
+        means = self._means(batch, gradients, values)
         finite = True
         if self.skip_nonfinite:
-            means = list(means)
             finite = ops.all(
                 ops.stack([ops.all(ops.isfinite(m["velocity"])) for m in means])
             )
@@ -238,54 +230,103 @@ class BlockwiseOptimizer(FusedOptimizer):
                 ops.cast(iterations, dtype) + 1,
                 ops.cast(learning_rate, dtype),
             )
-            for dtype in dict.fromkeys(dtypes)
+            for dtype in dict.fromkeys(map(step_dtype, batch.accumulators))
         }
-        updates = []
-        statistics = []
-        for group, dtype, group_means in zip(groups, dtypes, means):
+        assignments: list[tuple[Part, Tensor]] = []
+        scales: dict[int, tuple[Tensor, Scalars]] = {}
+        for k, accumulators in enumerate(batch.accumulators):
+            own_means = means[k]
+            own_scalars = scalars[step_dtype(accumulators)]
             old = {
-                name: ops.cast(v, dtype) for name, v in group.statistics.items()
+                name: reshape(value, own_means["velocity"].shape)
+                for name, value in statistics[k].items()
             }
-            scale, new = block_step(rule, scalars[dtype], group_means, old)
-            if self.skip_nonfinite:
-                new = {n: ops.where(finite, v, old[n]) for n, v in new.items()}
-            statistics.append(new)
-            for position, p, w, weight_decay, m in zip(
-                group.positions,
-                group.partitions,
-                group.weights,
-                group.weight_decays,
-                group.moments,
+            scale, new = block_step(rule, own_scalars, own_means, old)
+            for name, part in accumulators.statistics.items():
+                value = new[name]
+                if self.skip_nonfinite:
+                    value = ops.where(finite, value, old[name])
+                assignments.append((part, value))
+            groups = accumulators.groups
+            shapes = [g.partitions[0].accumulator_shape for g in groups]
+            for group, own_scale in zip(groups, take_apart(scale, shapes)):
+                for position in group.positions:
+                    scales[position] = own_scale, own_scalars
+        updates = []
+        for weights, own_values in zip(batch.weights, values):
+            own_scales = [scales[p][0] for p in weights.positions]
+            own_scalars = scales[weights.positions[0]][1]
+            shape, scale = broadcastable(own_scales, weights.partitions)
+            g = join([gradients[p] for p in weights.positions])
+            dtype = dtype_of(scale)
+            step = partial(entry_step, rule, own_scalars, weights.weight_decay)
+            # With the momentum of g, w needs only what m is to be; and XLA
+            # would copy all of a variable that is stored in 16 bits.
+            in_rows = (
+                len(own_values) > len(weights.positions) == 1
+                and not rule.momentum_of_gradient
+                and all(dtype_of(value) == dtype for value in own_values)
+            )
+            updates.append(
+                EntryUpdate(
+                    partial(new_entries, step, dtype, finite),
+                    shape,
+                    (scale, reshape(g, shape)),
+                    tuple(reshape(value, shape) for value in own_values),
+                    in_rows,
+                )
+            )
+        for weights, (w, *m) in zip(batch.weights, self.new_values(updates)):
+            shapes = [p.shape for p in weights.partitions]
+            for variable, value in zip(
+                weights.variables, take_apart(w, shapes)
             ):
-                shape, entry_scale = broadcastable(scale, p)
-                step = partial(entry_step, rule, scalars[dtype], weight_decay)
-                # With the momentum of g, w needs only what m is to be; and XLA
-                # would copy all of a variable that is stored in 16 bits.
-                in_rows = (
-                    m is not None
-                    and not rule.momentum_of_gradient
-                    and w.dtype == m.dtype == dtype
-                )
-                updates.append(
-                    EntryUpdate(
-                        partial(new_entries, step, dtype, finite),
-                        shape,
-                        (entry_scale, reshape(gradients[position], shape)),
-                        tuple(
-                            reshape(read(v), shape)
-                            for v in ([w] if m is None else [w, m])
-                        ),
-                        in_rows,
-                    )
-                )
-        new_values = iter(self.new_values(updates))
-        for group, new in zip(groups, statistics):
-            for variables in zip(group.weights, group.moments):
-                for variable, value in zip(variables, next(new_values)):
-                    self.assign(variable, reshape(value, variable.shape))
-            for name, value in new.items():
-                self.assign(group.statistics[name], value)
+                self.assign(variable, value)
+            if weights.momentum is not None:
+                assignments.append((weights.momentum, *m))
+        for part, value in assignments:
+            self._assign_part(part, value)
         return finite
+
+    def _means(
+        self,
+        batch: Batch,
+        gradients: Sequence[Tensor],
+        values: Sequence[Sequence[Tensor]],
+    ) -> list[dict[str, Tensor]]:
+        """The block means of the accumulators, those kept together joined."""
+        rule = self.block_state.rule
+        materialize = self.materializer()
+        gradients = list(gradients)
+        if materialize is not None:
+            for weights, (w, *_) in zip(batch.weights, values):
+                for i, p in zip(weights.positions, weights.partitions):
+                    if p.block_size > 1:
+                        gradients[i] = scheduled_with(w, gradients[i])
+        means = []
+        for accumulators in batch.accumulators:
+            dtype = step_dtype(accumulators)
+            each = [
+                block_means(
+                    rule,
+                    [ops.cast(gradients[i], dtype) for i in group.positions],
+                    group.partitions,
+                    materialize,
+                )
+                for group in accumulators.groups
+            ]
+            means.append({n: join([m[n] for m in each]) for n in each[0]})
+        return means
+
+    def _assign_part(self, part: Part, value: Tensor) -> None:
+        variable, index = part
+        if index is not None:
+            value = ops.scatter_update(
+                read(variable),
+                index[:, None],
+                ops.cast(reshape(value, index.shape), variable.dtype),
+            )
+        self.assign(variable, reshape(value, variable.shape))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor and the blocks, as plain data."""
@@ -313,7 +354,12 @@ class BlockwiseOptimizer(FusedOptimizer):
         return optimizer
 
     def save_own_variables(self, store: Any) -> None:
-        super().save_own_variables(store)
+        """Saves the state, each slot by itself, and the name of each."""
+        values = [variable.numpy() for variable in self._base_variables()]
+        if self._state is not None:
+            values += self._state.values()
+        for i, value in enumerate(values):
+            store[str(i)] = value
         # Keras saves by position alone; names make a mix-up detectable.
         kinds = [entry.kind for entry in self._layout()]
         names = json.dumps([type(self).__name__, *kinds])
@@ -333,17 +379,20 @@ class BlockwiseOptimizer(FusedOptimizer):
             return
         name, *kinds = ["another optimizer"] if names is None else decode(names)
         self._check_class(name)
-        shapes = [tuple(saved[str(i)].shape) for i in range(len(kinds))]
+        values = [saved[str(i)] for i in range(len(kinds))]
+        shapes = [tuple(value.shape) for value in values]
         layout = self._layout()
         check_layout(layout, list(zip(kinds, shapes)))
         # Fewer than there are, if saved before the first step.
         variables = [
             variable
-            for variable, entry in zip(self.variables, layout)
+            for variable, entry in zip(self._base_variables(), layout)
             if entry.kind in kinds
         ]
-        for i, variable in enumerate(variables):
-            variable.assign(saved[str(i)])
+        for variable, value in zip(variables, values):
+            variable.assign(value)
+        if len(values) > len(variables):
+            self.block_state.assign(values[len(variables) :])
 
     def describe_state(self) -> str:
         layout = [(entry.kind, entry.shape) for entry in self._layout()]
@@ -366,17 +415,22 @@ class BlockwiseOptimizer(FusedOptimizer):
                 f"state of {name}. {REMEDY}"
             )
 
+    def _base_variables(self) -> list[Variable]:
+        """The variables of Keras's own base class, and `skipped_steps`."""
+        slots = [] if self._state is None else self._state.slot_variables
+        own = {id(variable) for variable in slots}
+        return [v for v in self.variables if id(v) not in own]
+
     def _layout(self) -> list[Entry]:
-        """The variables of the optimizer, in saved order."""
-        own = {} if self._state is None else self._state.slot_names
-        return [
-            Entry(
-                variable.name,
-                own.get(id(variable)) or base_slot_name(variable.name),
-                tuple(variable.shape),
-            )
-            for variable in self.variables
+        """What the optimizer saves, in order."""
+        layout = [
+            Entry(v.name, base_slot_name(v.name), tuple(v.shape))
+            for v in self._base_variables()
         ]
+        if self._state is None:
+            return layout
+        state = self._state
+        return layout + slot_entries(state.variables, state.slots)
 
     def _planned_layout(
         self, variables: Sequence[Variable], slots: Sequence[Slot]
@@ -395,14 +449,7 @@ class BlockwiseOptimizer(FusedOptimizer):
         return [
             *self._layout(),
             *(Entry(f"{w.path}_{kind}", kind, w.shape) for w, kind in base),
-            *(
-                Entry(
-                    f"{weights[slot.index].path}_{slot.name}",
-                    f"{weights[slot.index].name}/{slot.name}",
-                    slot.shape,
-                )
-                for slot in slots
-            ),
+            *slot_entries(variables, slots),
         ]
 
     @property
@@ -414,6 +461,69 @@ class BlockwiseOptimizer(FusedOptimizer):
                 "Call `optimizer.build(model.trainable_variables)` first."
             )
         return self._state
+
+
+def slot_entries(
+    variables: Sequence[Variable], slots: Sequence[Slot]
+) -> list[Entry]:
+    """The slots as they are known in a saved state."""
+    weights = [Weight.of(variable) for variable in variables]
+    return [
+        Entry(
+            slot_name(weights[slot.index], slot),
+            f"{weights[slot.index].name}/{slot.name}",
+            slot.shape,
+        )
+        for slot in slots
+    ]
+
+
+def slot_name(weight: Weight, slot: Slot) -> str:
+    return f"{weight.path}_{slot.name}".replace("/", "_").replace(":", "_")
+
+
+def read_batch(
+    batch: Batch,
+) -> tuple[list[list[Tensor]], dict[int, dict[str, Tensor]]]:
+    """The values of all variables of a step, in the order to work on them.
+
+    Returns:
+        For each of `weights` the variables, and their momentum if there is one,
+        both joined; for each of `accumulators` the statistics.
+    """
+    kept_in = {
+        position: k
+        for k, accumulators in enumerate(batch.accumulators)
+        for group in accumulators.groups
+        for position in group.positions
+    }
+    values = []
+    statistics: dict[int, dict[str, Tensor]] = {}
+    for weights in batch.weights:
+        for k in {kept_in[p]: None for p in weights.positions}:
+            if k not in statistics:
+                parts = batch.accumulators[k].statistics
+                statistics[k] = {n: read_part(p) for n, p in parts.items()}
+        own = [join([read(variable) for variable in weights.variables])]
+        if weights.momentum is not None:
+            own.append(read_part(weights.momentum))
+        values.append(own)
+    return values, statistics
+
+
+def step_dtype(accumulators: Accumulators) -> str:
+    """Float32 or wider: in bfloat16, a `beta_2` of 0.999 is 1."""
+    return dtype_of(accumulators.statistics["velocity"].variable)
+
+
+def read_part(part: Part) -> Tensor:
+    value = read(part.variable)
+    return value if part.index is None else ops.take(value, part.index)
+
+
+def dtype_of(x: Tensor) -> str:
+    dtype: str = keras.backend.standardize_dtype(x.dtype)
+    return dtype
 
 
 def new_entries(

@@ -14,9 +14,9 @@ from keras_blockwise.state import accumulator_keys
 
 Variable = Any
 Array = Any
-# A state variable by slot and position of the weight that it is for. What a
-# group shares stands there for each of its members.
-Slots = dict[str, dict[int, Variable]]
+# Values by name of the slot and position of the weight that they are for. What
+# a group shares stands there for each of its members.
+Values = dict[str, dict[int, Array]]
 
 
 def convert_state(
@@ -69,7 +69,7 @@ def convert_state(
             f"target={type(target).__name__}."
         )
     state = target.block_state
-    slots = state.slots_by_weight()
+    names = state.values_by_weight().keys()
     steps = [o.gradient_accumulation_steps or 1 for o in (source, target)]
     if steps[0] != steps[1]:  # The count of steps would mean another number.
         raise ValueError(
@@ -83,46 +83,46 @@ def convert_state(
             with_shapes(state.paths, state.variables),
             with_shapes(old.paths, old.variables),
         )
-        old_slots = old.slots_by_weight()
+        values = old.values_by_weight()
         old_partitions = source.partitions
     else:
-        old_slots = slots_of_adam(source, state)
+        values = values_of_adam(source, state)
         old_partitions = tuple(
             p and Partition(p.shape, (1,) * len(p.shape))
             for p in state.partitions
         )
-    if old_slots.keys() != slots.keys():
+    if values.keys() != names:
         raise ValueError(
             "`source` and `target` must have the same kinds of state. "
-            f"Received: {sorted(old_slots)} in source and {sorted(slots)} in "
+            f"Received: {sorted(values)} in source and {sorted(names)} in "
             "target."
         )
     check_nesting(state.paths, old_partitions, state.partitions)
-    assignments = []
-    for name, variables in slots.items():
-        values = {i: v.numpy() for i, v in old_slots[name].items()}
-        if name != "momentum":
-            values = block_means(values, old_partitions, state.partitions)
-        assignments += [(v, values[i]) for i, v in variables.items()]
-    for variable, value in assignments + counters(source, target):
+    for name in state.rule.statistics:
+        values[name] = block_means(
+            values[name], old_partitions, state.partitions
+        )
+    assignments = counters(source, target)
+    state.assign([values[slot.name][slot.index] for slot in state.slots])
+    for variable, value in assignments:
         variable.assign(value)
 
 
-def slots_of_adam(source: keras.optimizers.Optimizer, state: State) -> Slots:
+def values_of_adam(source: keras.optimizers.Optimizer, state: State) -> Values:
     """The state of Keras's Adam, by the names that Keras gives it."""
-    slots: Slots = {}
+    values: Values = {}
     indices = [i for i, p in enumerate(state.partitions) if p is not None]
     for name in ("momentum", "velocity", "velocity_hat"):
         found = [v for v in source.variables if v.name.endswith(f"_{name}")]
         if not found:
             continue
-        slots[name] = dict(zip(indices, found))
         names = [f"{state.paths[i]}_{name}".replace("/", "_") for i in indices]
         check_same(
             with_shapes(names, [state.variables[i] for i in indices]),
             with_shapes([v.name for v in found], found),
         )
-    return slots
+        values[name] = dict(zip(indices, (v.numpy() for v in found)))
+    return values
 
 
 def with_shapes(

@@ -129,15 +129,14 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         name: str,
         shape: Sequence[int],
         dtype: str,
-        value: float = 0.0,
+        value: float,
     ) -> Variable:
         """A state variable on the devices of `variable`."""
-        path = getattr(variable, "path", variable.name)
         arguments = {
             "shape": shape,
             "initializer": keras.initializers.Constant(value),
             "dtype": dtype,
-            "name": f"{path}_{name}".replace("/", "_").replace(":", "_"),
+            "name": name,
         }
         if keras.backend.backend() != "tensorflow":
             return self.add_variable(**arguments)
@@ -311,18 +310,6 @@ class FusedOptimizer(keras.optimizers.Optimizer):
             for i, u in enumerate(updates)
         ]
 
-    def scheduled_with(self, variable: Variable, gradient: Tensor) -> Tensor:
-        """The gradient, for sums that a CPU is to make along with the momentum.
-
-        XLA runs first what needs the first arguments only. It would make the
-        sums of all gradients and then all momenta, when the gradients have left
-        the cache. So the sums need an argument that stands next to a momentum.
-        """
-        few = max(MANY, math.prod(variable.shape))
-        if not self._compiles_for_cpu() or math.prod(gradient.shape) <= few:
-            return gradient
-        return after(read(variable), gradient)
-
     def materializer(self) -> Callable[[Tensor], Tensor] | None:
         """What keeps XLA from joining what makes a tensor with what takes it.
 
@@ -436,6 +423,18 @@ def read(variable: Variable) -> Tensor:
     if keras.backend.backend() == "tensorflow":
         return tf.convert_to_tensor(variable)
     return keras.ops.convert_to_tensor(variable)
+
+
+def scheduled_with(value: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient, for sums that a CPU is to make along with the momentum.
+
+    XLA runs first what needs the first arguments only. It would make the sums
+    of all gradients and then all momenta, when the gradients have left the
+    cache. So the sums need `value`, that of a variable which stands next to the
+    momentum.
+    """
+    few = math.prod(gradient.shape) <= MANY
+    return gradient if few else after(value, gradient)
 
 
 def on_cpu(variables: Sequence[Variable]) -> bool:

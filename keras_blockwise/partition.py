@@ -3,8 +3,12 @@
 Shapes in, shapes out: nothing here knows layers, names or tensors.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 Shape = tuple[int, ...]
 
@@ -75,6 +79,14 @@ class Partition:
         return self.grid if self.group is None else ()
 
     @property
+    def blocks(self) -> np.ndarray:
+        """The number of the block that each coordinate is in."""
+        numbers = np.arange(self.num_blocks).reshape(self.grid)
+        for axis, n in enumerate(self.block_shape):
+            numbers = np.repeat(numbers, n, axis)
+        return numbers
+
+    @property
     def view_shape(self) -> Shape:
         """The smallest reshape in which every axis lies in or across blocks."""
         return tuple(extent for extent, _ in self._factors())
@@ -102,3 +114,11 @@ class Partition:
                     extent *= factors.pop()[0]
                 factors.append((extent, inside))
         return factors
+
+
+def joined_blocks(partitions: Sequence[Partition]) -> np.ndarray:
+    """The number of the block of each coordinate of variables in a row."""
+    ends = itertools.accumulate(p.num_blocks for p in partitions)
+    return np.concatenate(
+        [p.blocks.ravel() + start for p, start in zip(partitions, [0, *ends])]
+    )

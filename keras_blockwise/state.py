@@ -1,11 +1,15 @@
 """The state variables of an optimizer: which there are, and who shares them."""
 
+import itertools
 import math
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 from typing import NamedTuple
+
+import numpy as np
 
 from keras_blockwise.axes import Weight
 from keras_blockwise.blocking import Row
@@ -14,29 +18,79 @@ from keras_blockwise.partition import Shape
 from keras_blockwise.step import Rule
 
 Variable = Any
+Array = Any
 
 # Bytes of one number of the dtypes that a state variable can have.
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
+# A program takes as long to start for one more variable as to move thousands
+# of numbers. So slots of fewer numbers than `SMALL` are kept together in one
+# variable, if there are at least `FEWEST` of a kind. A `tf.train.Checkpoint`
+# has the variables as they are: other numbers here are another format.
+SMALL = 4096
+TOGETHER = 16
+
+
+class Part(NamedTuple):
+    """Numbers of a state variable.
+
+    Args:
+        variable: The state variable.
+        index: Where they are in it; `None` for all of them.
+    """
+
+    variable: Variable
+    index: Any = None
+
+
 class Group(NamedTuple):
-    """Variables that share one accumulator, with all of their state.
+    """Variables that share one accumulator.
 
     Args:
         positions: Where their gradients are in the list of gradients.
         partitions: Their blocks.
-        weights: The variables.
-        weight_decays: Their decoupled weight decay.
-        moments: The momentum of each, or `None`.
-        statistics: The accumulators, by name of the slot.
     """
 
     positions: tuple[int, ...]
     partitions: tuple[Partition, ...]
-    weights: tuple[Variable, ...]
-    weight_decays: tuple[float, ...]
-    moments: tuple[Variable | None, ...]
-    statistics: dict[str, Variable]
+
+
+class Accumulators(NamedTuple):
+    """Accumulators that are kept together.
+
+    Args:
+        groups: What each is an accumulator of.
+        statistics: The numbers of all of them, by name of the slot.
+    """
+
+    groups: tuple[Group, ...]
+    statistics: dict[str, Part]
+
+
+class Weights(NamedTuple):
+    """Variables whose momentum is kept together.
+
+    Args:
+        positions: Where their gradients are in the list of gradients.
+        partitions: Their blocks.
+        variables: The variables.
+        weight_decay: Their decoupled weight decay, of each entry if it differs.
+        momentum: The momentum of all of them, or `None`.
+    """
+
+    positions: tuple[int, ...]
+    partitions: tuple[Partition, ...]
+    variables: tuple[Variable, ...]
+    weight_decay: float | np.ndarray
+    momentum: Part | None
+
+
+class Batch(NamedTuple):
+    """Some variables, with all of their state."""
+
+    accumulators: list[Accumulators]
+    weights: list[Weights]
 
 
 @dataclass(frozen=True)
@@ -50,6 +104,7 @@ class Slot:
         shape: Its shape.
         dtype: Its dtype.
         value: What all of its entries start at.
+        home: Number of the state variable that it is kept in.
     """
 
     index: int
@@ -57,10 +112,15 @@ class Slot:
     shape: Shape
     dtype: str
     value: float
+    home: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+        return self.size * ITEM_SIZES[self.dtype]
 
 
 def accumulator_keys(
@@ -90,22 +150,57 @@ def plan_slots(
     keys = accumulator_keys(partitions)
     wide = {key for key, dtype in zip(keys, dtypes) if dtype == "float64"}
     slots = []
+    kinds: list[tuple[str, ...]] = []
     seen = set()
     for i, partition in enumerate(partitions):
         if partition is None:
             continue
+        step_dtype = "float64" if keys[i] in wide else "float32"
         if rule.momentum.has_state:
             dtype = momentum_dtype or dtypes[i]
-            slots.append(Slot(i, "momentum", partition.shape, dtype, 0.0))
+            slots.append(Slot(i, "momentum", partition.shape, dtype, 0.0, 0))
+            kinds.append(("momentum", dtype, dtypes[i], step_dtype))
         if keys[i] in seen:
             continue
         seen.add(keys[i])
-        dtype = "float64" if keys[i] in wide else "float32"
-        slots += [
-            Slot(i, name, partition.accumulator_shape, dtype, value)
-            for name, value in rule.statistics.items()
-        ]
-    return slots
+        for name, value in rule.statistics.items():
+            shape = partition.accumulator_shape
+            slots.append(Slot(i, name, shape, step_dtype, value, 0))
+            kinds.append((name, step_dtype))
+    return housed(slots, kinds)
+
+
+def housed(slots: Sequence[Slot], kinds: Sequence[Any]) -> list[Slot]:
+    """Slots with their `home`, one for `TOGETHER` small ones of a kind."""
+    alike: dict[Any, list[int]] = {}
+    for i, (slot, kind) in enumerate(zip(slots, kinds)):
+        if slot.size < SMALL:
+            alike.setdefault(kind, []).append(i)
+    first = list(range(len(slots)))
+    for members in alike.values():
+        for start in range(0, len(members) - TOGETHER + 1, TOGETHER):
+            for i in members[start : start + TOGETHER]:
+                first[i] = members[start]
+    number: dict[int, int] = {}
+    return [
+        replace(slot, home=number.setdefault(first[i], len(number)))
+        for i, slot in enumerate(slots)
+    ]
+
+
+def homes(slots: Sequence[Slot]) -> list[list[Slot]]:
+    """The slots in each state variable."""
+    members: list[list[Slot]] = [[] for _ in {slot.home for slot in slots}]
+    for slot in slots:
+        members[slot.home].append(slot)
+    return members
+
+
+def of_entries(
+    values: Sequence[float], sizes: Sequence[int]
+) -> float | np.ndarray:
+    """Values of variables of these sizes, entry by entry if they differ."""
+    return values[0] if len(set(values)) == 1 else np.repeat(values, sizes)
 
 
 class State:
@@ -119,7 +214,7 @@ class State:
         variables: The variables to update.
         rows: Their blocks; `None` for a variable without an update.
         slots: What `plan_slots` returns.
-        slot_variables: A state variable for each of `slots`.
+        slot_variables: A state variable for each of `homes(slots)`.
     """
 
     def __init__(
@@ -134,22 +229,21 @@ class State:
         self.variables = tuple(variables)
         self.rows = tuple(rows)
         self.slots = tuple(slots)
-        self.slot_names = {
-            id(variable): f"{Weight.of(variables[slot.index]).name}/{slot.name}"
-            for slot, variable in zip(slots, slot_variables)
-        }
+        self.slot_variables = tuple(slot_variables)
         self._partitions = {
             i: row.partition for i, row in enumerate(rows) if row
         }
         self._keys = accumulator_keys([row and row.partition for row in rows])
-        self._moments: dict[int, Variable] = {}
-        self._statistics: dict[Any, dict[str, Variable]] = {}
-        for slot, variable in zip(slots, slot_variables):
-            if slot.name == "momentum":
-                self._moments[slot.index] = variable
-            else:
-                key = self._keys[slot.index]
-                self._statistics.setdefault(key, {})[slot.name] = variable
+        self._starts: dict[Slot, int] = {}
+        self._sizes: list[int] = []
+        for members in homes(slots):
+            ends = list(itertools.accumulate(slot.size for slot in members))
+            self._starts |= zip(members, [0, *ends])
+            self._sizes.append(ends[-1])
+        self._slots = {
+            (slot.name, self._keys_of(slot.name)[slot.index]): slot
+            for slot in slots
+        }
 
     @property
     def paths(self) -> list[str]:
@@ -159,41 +253,114 @@ class State:
     def partitions(self) -> tuple[Partition | None, ...]:
         return tuple(row and row.partition for row in self.rows)
 
-    def slots_by_weight(self) -> dict[str, dict[int, Variable]]:
-        """State variables by slot and position of the weight they are for.
+    def values(self) -> list[Array]:
+        """The value of each slot, in saved order."""
+        arrays = [variable.numpy() for variable in self.slot_variables]
+        values = []
+        for slot in self.slots:
+            start = self._starts[slot]
+            numbers = arrays[slot.home].ravel()[start : start + slot.size]
+            values.append(numbers.reshape(slot.shape))
+        return values
+
+    def assign(self, values: Sequence[Array]) -> None:
+        """Sets every slot; `values` are in saved order."""
+        by_slot = dict(zip(self.slots, values))
+        for variable, members in zip(self.slot_variables, homes(self.slots)):
+            numbers = [np.ravel(by_slot[slot]) for slot in members]
+            variable.assign(np.concatenate(numbers).reshape(variable.shape))
+
+    def values_by_weight(self) -> dict[str, dict[int, Array]]:
+        """Values by name of the slot and position of the weight they are for.
 
         What a group shares stands there for each of its members.
         """
-        slots: dict[str, dict[int, Variable]] = {}
-        if self._moments:
-            slots["momentum"] = dict(self._moments)
-        for name in self.rule.statistics:
-            slots[name] = {
-                i: self._statistics[self._keys[i]][name]
-                for i in self._partitions
+        values = dict(zip(self.slots, self.values()))
+        names = ["momentum"] * self.rule.momentum.has_state
+        return {
+            name: {
+                i: values[self._slots[name, key]]
+                for i, key in enumerate(self._keys_of(name))
+                if i in self._partitions
             }
-        return slots
+            for name in [*names, *self.rule.statistics]
+        }
 
-    def groups(
+    def _keys_of(self, name: str) -> Sequence[Any]:
+        return range(len(self.rows)) if name == "momentum" else self._keys
+
+    def batch(
         self, indices: Sequence[int], weight_decay: Callable[[int], float]
-    ) -> list[Group]:
-        """The given variables, those that share an accumulator together.
+    ) -> Batch:
+        """The given variables, with their state.
 
         Args:
             indices: Positions of the variables.
             weight_decay: Tells the weight decay of the variable at a position.
         """
+        partitions = [self._partitions[i] for i in indices]
         members: dict[Any, list[int]] = {}
         for position, i in enumerate(indices):
             members.setdefault(self._keys[i], []).append(position)
-        return [
-            Group(
-                tuple(positions),
-                tuple(self._partitions[indices[p]] for p in positions),
-                tuple(self.variables[indices[p]] for p in positions),
-                tuple(weight_decay(indices[p]) for p in positions),
-                tuple(self._moments.get(indices[p]) for p in positions),
-                self._statistics[key],
+        accumulators = []
+        for keys, _ in self._together("velocity", list(members)):
+            groups = tuple(
+                Group(
+                    tuple(members[k]), tuple(partitions[p] for p in members[k])
+                )
+                for k in keys
             )
-            for key, positions in members.items()
-        ]
+            statistics = {}
+            for name in self.rule.statistics:
+                ((_, statistics[name]),) = self._together(name, keys)
+            accumulators.append(Accumulators(groups, statistics))
+        together: list[tuple[Sequence[int], Part | None]]
+        if self.rule.momentum.has_state:
+            together = list(self._together("momentum", indices))
+        else:
+            together = [((i,), None) for i in indices]
+        position_of = {i: position for position, i in enumerate(indices)}
+        return Batch(
+            accumulators,
+            [
+                Weights(
+                    tuple(position_of[i] for i in own),
+                    tuple(self._partitions[i] for i in own),
+                    tuple(self.variables[i] for i in own),
+                    of_entries(
+                        [weight_decay(i) for i in own],
+                        [math.prod(self._partitions[i].shape) for i in own],
+                    ),
+                    momentum,
+                )
+                for own, momentum in together
+            ],
+        )
+
+    def _together(
+        self, name: str, keys: Sequence[Any]
+    ) -> list[tuple[list[Any], Part]]:
+        """Keys of slots that are in one variable, and their numbers there."""
+        found: dict[int, dict[Any, Slot]] = {}
+        for key in keys:
+            slot = self._slots[name, key]
+            found.setdefault(slot.home, {})[key] = slot
+        together = []
+        for home, slots in found.items():
+            own = sorted(slots, key=lambda key: self._starts[slots[key]])
+            index = np.concatenate(
+                [
+                    self._starts[slots[key]] + np.arange(slots[key].size)
+                    for key in own
+                ]
+            )
+            complete = len(index) == self._sizes[home]
+            together.append(
+                (
+                    own,
+                    Part(
+                        self.slot_variables[home], None if complete else index
+                    ),
+                )
+            )
+        return together

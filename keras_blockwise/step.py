@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 from typing import NamedTuple
 
+import numpy as np
 from keras import ops
 
 from keras_blockwise.accumulators import Accumulator
@@ -30,8 +31,10 @@ from keras_blockwise.momentum import Momentum
 from keras_blockwise.momentum import Update
 from keras_blockwise.partition import Partition
 from keras_blockwise.partition import Shape
+from keras_blockwise.partition import joined_blocks
 from keras_blockwise.reduction import Materialize
 from keras_blockwise.reduction import block_mean
+from keras_blockwise.reshaping import join
 
 Tensor = Any
 
@@ -60,12 +63,23 @@ class Rule:
         return statistics
 
 
-def broadcastable(scale: Tensor, p: Partition) -> tuple[Shape, Tensor]:
-    """A shape for a variable, and `scale` in one that broadcasts to it.
+def broadcastable(
+    scales: Sequence[Tensor], partitions: Sequence[Partition]
+) -> tuple[Shape, Tensor]:
+    """A shape for a variable, and its `scale` in one that broadcasts to it.
 
-    `scale` is reshaped also where it has that shape: were its division next to
-    a product, TensorFlow might reorder them, on one replica and not on another.
+    Of several variables it is that of all of them joined.
+
+    The scale is reshaped also where it has that shape: were its division next
+    to a product, TensorFlow might reorder them, on one replica and not on
+    another.
     """
+    if len(partitions) > 1:
+        scale, index = join(scales), joined_blocks(partitions)
+        if len(index) > len(np.unique(index)):
+            scale = ops.take(scale, index)
+        return index.shape, ops.reshape(scale, index.shape)
+    (scale,), (p,) = scales, partitions
     if p.group is not None:
         return p.shape, ops.reshape(scale, (1,) * len(p.shape))
     if len(p.view_shape) > 5:  # TensorFlow broadcasts no higher without XLA.
@@ -164,7 +178,7 @@ def block_step(
 def entry_step(
     rule: Rule,
     scalars: Scalars,
-    weight_decay: float,
+    weight_decay: float | np.ndarray,
     scale: Tensor,
     g: Tensor,
     w: Tensor,
@@ -175,7 +189,7 @@ def entry_step(
     Args:
         rule: The optimizer.
         scalars: `Scalars.of(rule, t, learning_rate)`.
-        weight_decay: Decoupled weight decay of the variable.
+        weight_decay: Decoupled weight decay of the variable, or of each entry.
         scale: Of `block_step`, broadcastable to the other tensors.
         g: Entries of the gradient.
         w: The same entries of the variable.
@@ -191,6 +205,7 @@ def entry_step(
         direction = scale * x
     else:
         m, direction = scalars.momentum(m, scale * g)
-    if weight_decay:
-        w = w - w * weight_decay * scalars.learning_rate
+    if np.any(weight_decay):
+        decay = ops.cast(weight_decay, scalars.learning_rate.dtype)
+        w = w - w * decay * scalars.learning_rate
     return w - direction, m

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import keras_blockwise as kb
+from keras_blockwise.base import slot_entries
 
 
 class Case(NamedTuple):
@@ -131,3 +133,24 @@ def tensors(gradients, dtype):
         g if g is None else keras.ops.convert_to_tensor(g, dtype)
         for g in gradients
     ]
+
+
+def slots_of(optimizer):
+    """The values of all slots, by name, whichever variable has them."""
+    state = optimizer.block_state
+    names = [e.name for e in slot_entries(state.variables, state.slots)]
+    return dict(zip(names, state.values(), strict=True))
+
+
+def program_of(optimizer, shape, layers):
+    """What XLA makes of a step of some kernels."""
+    variables = make_variables({f"{name}/kernel": shape for name in layers})
+    optimizer.build(variables)
+    gradients = [tf.ones(shape) for _ in variables]
+
+    @tf.function(jit_compile=True, autograph=False)
+    def step():
+        optimizer.apply(gradients, variables)
+
+    step()
+    return step.experimental_get_compiler_ir()(stage="optimized_hlo")

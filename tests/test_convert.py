@@ -58,7 +58,7 @@ def slots(optimizer, name):
 
 def per_coordinate(optimizer, name):
     """A statistic in the shape of each weight, in float64."""
-    accumulators = optimizer.block_state.slots_by_weight()[name]
+    accumulators = optimizer.block_state.values_by_weight()[name]
     return [
         np.kron(
             np.reshape(

@@ -9,6 +9,7 @@ from cases import CASES
 from cases import SCHEMES
 from cases import make_gradients
 from cases import make_variables
+from cases import program_of
 from replicas import two_replicas
 
 from keras_blockwise import BAGM
@@ -152,29 +153,21 @@ def test_rows_are_written_in_place(scheme, four_rows):
     assert not re.search(r"= \w+\[[^]]*64\S* copy\(", program)
 
 
+@pytest.mark.parametrize("count", [3, 16], ids=["alone", "together"])
 @pytest.mark.parametrize("scheme", ["variable", "output_unit"])
-def test_a_sum_stands_next_to_the_momentum(scheme):
+def test_a_sum_stands_next_to_the_momentum(scheme, count):
     """In the order of the program, the gradient is still in the cache."""
-    program = program_of(BlockAdam(blocking=scheme), (96, 64), "abc")
+    layers = [f"dense_{i}" for i in range(count)]
+    program = program_of(BlockAdam(blocking=scheme), (96, 64), layers)
     main = program[program.index("ENTRY") :]
     # What reads a gradient, in order, and whether it makes a whole variable.
-    reads = re.findall(r"= f32\[([\d,]*)\]\S* fusion\(%arg([234])\.", main)
-    whole = [(dims == "96,64", gradient) for dims, gradient in reads]
-    assert whole == [(is_m, n) for n in "234" for is_m in (False, True)]
-
-
-def program_of(optimizer, shape, layers):
-    """What XLA makes of a step of some kernels."""
-    variables = make_variables({f"{name}/kernel": shape for name in layers})
-    optimizer.build(variables)
-    gradients = [tf.ones(shape) for _ in variables]
-
-    @tf.function(jit_compile=True, autograph=False)
-    def step():
-        optimizer.apply(gradients, variables)
-
-    step()
-    return step.experimental_get_compiler_ir()(stage="optimized_hlo")
+    reads = re.findall(r"= f32\[([\d,]*)\]\S* fusion\(%arg(\d+)\.", main)
+    whole = [
+        (dims == "96,64", int(gradient))
+        for dims, gradient in reads
+        if 2 <= int(gradient) < 2 + count
+    ]
+    assert whole == [(m, 2 + i) for i in range(count) for m in (False, True)]
 
 
 def body_of_loop(program):

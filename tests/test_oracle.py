@@ -10,6 +10,7 @@ from cases import SCHEMES
 from cases import Case
 from cases import make_gradients
 from cases import make_variables
+from cases import slots_of
 from cases import tensors
 
 import keras_blockwise as kb
@@ -234,9 +235,7 @@ def check(
     for path, variable, weight in zip(tiles, variables, truth.weights):
         assert_equal(path, variable, weight, dtype, TOLERANCES[low])
     assert int(optimizer.iterations) == truth.t
-    state = {v.name: v for v in optimizer.variables}
-    for name in ("learning_rate", "iteration", "skipped_steps"):
-        state.pop(name, None)
+    state = slots_of(optimizer)
     expected = state_of(truth, case, tiles)
     assert state.keys() == expected.keys()
     for name, variable in state.items():

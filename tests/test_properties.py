@@ -111,11 +111,29 @@ def check_broadcastable(partition):
     expected = x.copy()
     for index, block in corners(partition):
         expected[block] *= scale[index]
-    shape, scale = broadcastable(keras.ops.convert_to_tensor(scale), partition)
+    scale = keras.ops.convert_to_tensor(scale)
+    shape, scale = broadcastable([scale], [partition])
     assert len(scale.shape) == len(shape)
     actual = keras.ops.reshape(x, shape) * scale
     actual = keras.ops.reshape(actual, partition.shape)
     np.testing.assert_array_equal(actual, expected)
+
+
+@examples
+@given(st.lists(partitions(max_rank=3), min_size=2, max_size=4))
+def test_broadcastable_scale_of_joined_variables_is_that_of_each(members):
+    scales = [1000.0 * i + integers(p.grid) for i, p in enumerate(members)]
+    expected = []
+    for partition, scale in zip(members, scales):
+        of_entries = np.zeros(partition.shape)
+        for index, block in corners(partition):
+            of_entries[block] = scale[index]
+        expected.append(of_entries.ravel())
+    shape, actual = broadcastable(
+        [keras.ops.convert_to_tensor(scale) for scale in scales], members
+    )
+    assert tuple(actual.shape) == shape
+    np.testing.assert_array_equal(actual, np.concatenate(expected))
 
 
 @examples

@@ -105,7 +105,7 @@ def test_private_names_are_ones_own(module):
 IMPORTS = {
     "accumulators": set(),
     "partition": set(),
-    "reshaping": set(),
+    "reshaping": {"partition"},
     "momentum": {"accumulators"},
     "axes": {"partition"},
     "layer_axes": {"axes", "partition"},
@@ -114,7 +114,13 @@ IMPORTS = {
     "entries": set(),
     "execution": {"entries", "reduction"},
     "reduction": {"partition", "reshaping"},
-    "step": {"accumulators", "momentum", "partition", "reduction"},
+    "step": {
+        "accumulators",
+        "momentum",
+        "partition",
+        "reduction",
+        "reshaping",
+    },
     "blocking": {"axes", "inference", "layer_axes", "partition", "schemes"},
 }
 
