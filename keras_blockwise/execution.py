@@ -298,16 +298,17 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         self, updates: Sequence[EntryUpdate]
     ) -> list[Sequence[Tensor]]:
         """What the variables of each update are to be, in a shape of theirs."""
+        if not self._compiles_for_cpu():
+            return [u.function(*u.inputs, *u.values) for u in updates]
+        cores = tf.config.threading.get_intra_op_parallelism_threads()
+        rows, to_cut = rows_of(updates, cores or os.cpu_count() or 1)
         in_rows: dict[int, Sequence[Tensor]] = {}
-        if self._compiles_for_cpu():
-            cores = tf.config.threading.get_intra_op_parallelism_threads()
-            rows, to_cut = rows_of(updates, cores or os.cpu_count() or 1)
-            if to_cut:
-                values = new_values_in_rows(rows, [updates[i] for i in to_cut])
-                in_rows = dict(zip(to_cut, values))
+        if to_cut:
+            values = new_values_in_rows(rows, [updates[i] for i in to_cut])
+            in_rows = dict(zip(to_cut, values))
         return [
-            in_rows[i] if i in in_rows else u.function(*u.inputs, *u.values)
-            for i, u in enumerate(updates)
+            in_rows[i] if i in in_rows else new_values_in_place(update)
+            for i, update in enumerate(updates)
         ]
 
     def materializer(self) -> Callable[[Tensor], Tensor] | None:
@@ -355,6 +356,23 @@ def compile_update(update: Callable[..., None], tensors: Any) -> Any:
     with tf.init_scope():
         function = tf.function(update, jit_compile=True, autograph=False)
         return function.get_concrete_function(*specs)
+
+
+def new_values_in_place(update: EntryUpdate) -> list[Tensor]:
+    """The new values of the variables, none of which needs a copy.
+
+    If the momentum is stored in 16 bits, the weights need it as it was before,
+    and XLA would make the new one somewhere else. So it comes after them.
+    """
+    (*inputs, gradient), values = update.inputs, list(update.values)
+    if all(value.dtype.size > 2 for value in values):
+        return list(update.function(*update.inputs, *values))
+    new = []
+    for i, value in enumerate(values):
+        computed = update.function(*inputs, gradient, *values)[i]
+        new.append(tf.cast(computed, value.dtype))
+        gradient = after(new[i], gradient)
+    return new
 
 
 def new_values_in_rows(

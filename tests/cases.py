@@ -142,11 +142,12 @@ def slots_of(optimizer):
     return dict(zip(names, state.values(), strict=True))
 
 
-def program_of(optimizer, shape, layers):
+def program_of(optimizer, shape, layers, dtype="float32"):
     """What XLA makes of a step of some kernels."""
-    variables = make_variables({f"{name}/kernel": shape for name in layers})
+    shapes = {f"{name}/kernel": shape for name in layers}
+    variables = make_variables(shapes, dtype)
     optimizer.build(variables)
-    gradients = [tf.ones(shape) for _ in variables]
+    gradients = [tf.ones(shape, dtype) for _ in variables]
 
     @tf.function(jit_compile=True, autograph=False)
     def step():

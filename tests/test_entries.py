@@ -170,6 +170,18 @@ def test_a_sum_stands_next_to_the_momentum(scheme, count):
     assert whole == [(m, 2 + i) for i in range(count) for m in (False, True)]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cls", [BlockAdam, BAGM])
+def test_a_narrow_momentum_needs_no_copy(cls, dtype):
+    optimizer = cls(momentum_dtype="bfloat16")
+    program = program_of(optimizer, (96, 64), "abc", dtype)
+    main = program[program.index("ENTRY") :]
+    made = re.findall(r"= (\w+)\[96,64\]\S* (?!parameter)(\w+)\(", main)
+    kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    # The weights and the momentum of three kernels, and nothing else.
+    assert sorted(made) == sorted([(kind, "fusion"), ("bf16", "fusion")] * 3)
+
+
 def body_of_loop(program):
     name = re.search(r" while\(.* body=(%[\w.]+)", program)[1]
     return re.search(rf"^{re.escape(name)} .*?^}}", program, re.M | re.S)[0]
