@@ -1,6 +1,7 @@
 """The Keras side of every optimizer: arguments, slots, config, loading."""
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -355,10 +356,9 @@ class BlockwiseOptimizer(FusedOptimizer):
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the state, each slot by itself, and the name of each."""
-        values = [variable.numpy() for variable in self._base_variables()]
-        if self._state is not None:
-            values += self._state.values()
-        for i, value in enumerate(values):
+        base = (variable.numpy() for variable in self._base_variables())
+        slots = () if self._state is None else self._state.values()
+        for i, value in enumerate(itertools.chain(base, slots)):
             store[str(i)] = value
         # Keras saves by position alone; names make a mix-up detectable.
         kinds = [entry.kind for entry in self._layout()]

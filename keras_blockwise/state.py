@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
@@ -26,8 +27,9 @@ ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 # A program takes as long to start for one more variable as to move thousands
 # of numbers. So slots of fewer numbers than `SMALL` are kept together in one
-# variable, if there are at least `FEWEST` of a kind. A `tf.train.Checkpoint`
-# has the variables as they are: other numbers here are another format.
+# variable, `TOGETHER` of a kind. XLA compiles that many kernels, which are the
+# same for the next ones. A `tf.train.Checkpoint` has the variables as they are,
+# so other numbers here are another format.
 SMALL = 4096
 TOGETHER = 16
 
@@ -235,11 +237,11 @@ class State:
         }
         self._keys = accumulator_keys([row and row.partition for row in rows])
         self._starts: dict[Slot, int] = {}
-        self._sizes: list[int] = []
+        self._counts: list[int] = []
         for members in homes(slots):
-            ends = list(itertools.accumulate(slot.size for slot in members))
+            ends = itertools.accumulate(slot.size for slot in members)
             self._starts |= zip(members, [0, *ends])
-            self._sizes.append(ends[-1])
+            self._counts.append(len(members))
         self._slots = {
             (slot.name, self._keys_of(slot.name)[slot.index]): slot
             for slot in slots
@@ -253,15 +255,12 @@ class State:
     def partitions(self) -> tuple[Partition | None, ...]:
         return tuple(row and row.partition for row in self.rows)
 
-    def values(self) -> list[Array]:
+    def values(self) -> Iterator[Array]:
         """The value of each slot, in saved order."""
-        arrays = [variable.numpy() for variable in self.slot_variables]
-        values = []
         for slot in self.slots:
+            numbers = self.slot_variables[slot.home].numpy().ravel()
             start = self._starts[slot]
-            numbers = arrays[slot.home].ravel()[start : start + slot.size]
-            values.append(numbers.reshape(slot.shape))
-        return values
+            yield numbers[start : start + slot.size].reshape(slot.shape)
 
     def assign(self, values: Sequence[Array]) -> None:
         """Sets every slot; `values` are in saved order."""
@@ -348,19 +347,13 @@ class State:
         together = []
         for home, slots in found.items():
             own = sorted(slots, key=lambda key: self._starts[slots[key]])
-            index = np.concatenate(
-                [
-                    self._starts[slots[key]] + np.arange(slots[key].size)
-                    for key in own
-                ]
-            )
-            complete = len(index) == self._sizes[home]
-            together.append(
-                (
-                    own,
-                    Part(
-                        self.slot_variables[home], None if complete else index
-                    ),
+            index = None
+            if len(own) < self._counts[home]:
+                index = np.concatenate(
+                    [
+                        self._starts[slots[key]] + np.arange(slots[key].size)
+                        for key in own
+                    ]
                 )
-            )
+            together.append((own, Part(self.slot_variables[home], index)))
         return together

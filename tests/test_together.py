@@ -113,6 +113,10 @@ def test_a_step_is_that_of_each_by_itself(monkeypatch, case, blocking):
     assert_same(monkeypatch, 2, case.make, blocking=blocking)
 
 
+def test_one_accumulator_of_all(monkeypatch):
+    assert_same(monkeypatch, 3, kb.BAGM, blocking="model")
+
+
 def test_any_number_together(monkeypatch, together):
     assert_same(monkeypatch, together, kb.BlockAdam, amsgrad=True)
 
