@@ -264,7 +264,8 @@ class BlockwiseOptimizer(FusedOptimizer):
             # With the momentum of g, w needs only what m is to be; and XLA
             # would copy all of a variable that is stored in 16 bits.
             in_rows = (
-                len(own_values) > len(weights.positions) == 1
+                weights.momentum is not None
+                and len(weights.variables) == 1
                 and not rule.momentum_of_gradient
                 and all(dtype_of(value) == dtype for value in own_values)
             )

@@ -185,9 +185,7 @@ def block_means(
         p, q = old[i], new[i]
         if p is None or q is None:
             continue
-        x = np.broadcast_to(np.asarray(value, np.float64), p.grid)
-        for axis, n in enumerate(p.block_shape):
-            x = np.repeat(x, n, axis)
+        x = np.float64(value).ravel()[p.blocks]
         for axis, n in enumerate(q.block_shape):
             x = np.add.reduceat(x, np.arange(0, x.shape[axis], n), axis)
         keys[i] = new_keys[i]

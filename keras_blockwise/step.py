@@ -18,6 +18,7 @@ after the correction, `sqrt(v) + epsilon * sqrt(correction)`. With `amsgrad`,
 Blockwise adaptivity: Zheng & Kwok 2019, arXiv:1905.09899.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,10 +76,10 @@ def broadcastable(
     another.
     """
     if len(partitions) > 1:
-        scale, index = join(scales), joined_blocks(partitions)
-        if len(index) > len(np.unique(index)):
-            scale = ops.take(scale, index)
-        return index.shape, ops.reshape(scale, index.shape)
+        scale, size = join(scales), sum(math.prod(p.shape) for p in partitions)
+        if scale.shape[0] < size:
+            scale = ops.take(scale, joined_blocks(partitions))
+        return (size,), ops.reshape(scale, (size,))
     (scale,), (p,) = scales, partitions
     if p.group is not None:
         return p.shape, ops.reshape(scale, (1,) * len(p.shape))

@@ -141,9 +141,9 @@ def test_what_has_no_step_stays_as_it_is(monkeypatch):
     built = build(monkeypatch, 2, kb.BlockAdam, jit_compile=True)
     before = train(built)
     after = train(built, make_gradients(1, SHAPES, seed=5), [[0, 1, 5]])
-    stepped = {"dense", "conv"}
+    stepped = ("dense_kernel", "dense_bias", "conv")
     for name, value in before.items():
-        if name.replace("/", "_").split("_k")[0].split("_b")[0] in stepped:
+        if name.replace("/", "_").startswith(stepped):
             assert (after[name] != value).all(), name
         elif name != "iterations":
             np.testing.assert_array_equal(after[name], value, name)
@@ -243,33 +243,29 @@ def test_a_saved_state_does_not_tell(monkeypatch, case):
         build(monkeypatch, number, case.make, use_ema=True, jit_compile=False)
         for number in (2, 10**6, 3)
     ]
-    stores = [{}, {}]
-    for own, store in zip(built, stores):
+    for own in built[:2]:
         train(own)
-        own[0].save_own_variables(store)
-    assert stores[0].keys() == stores[1].keys()
-    for key, value in stores[0].items():
-        np.testing.assert_array_equal(value, stores[1][key])
-    loading = built[2][0]
-    loading.load_own_variables(stores[1])
-    assert_equal(slots_of(loading), slots_of(built[0][0]))
-    for store, own in zip(stores, built):
-        other = {}
-        own[0].load_own_variables(dict(stores[1]))
-        own[0].save_own_variables(other)
-        for key, value in store.items():
-            np.testing.assert_array_equal(value, other[key])
+    built[2][0].load_own_variables(saved(built[0][0]))
+    together, alone, loaded = [saved(optimizer) for optimizer, _ in built]
+    assert together.keys() == alone.keys() == loaded.keys()
+    for key, value in alone.items():
+        np.testing.assert_array_equal(together[key], value)
+        np.testing.assert_array_equal(loaded[key], value)
+
+
+def saved(optimizer):
+    store = {}
+    optimizer.save_own_variables(store)
+    return store
 
 
 def test_a_state_with_other_blocks_is_refused_whole(monkeypatch):
-    saved, _ = build(monkeypatch, 2, kb.BAGM, blocking="variable")
+    other, _ = build(monkeypatch, 2, kb.BAGM, blocking="variable")
     loading, _ = build(monkeypatch, 2, kb.BAGM)
-    store = {}
-    saved.save_own_variables(store)
     before = slots_of(loading)
     message = r"'dense_kernel_velocity' is kernel/velocity \(\)\. Received: "
     with pytest.raises(ValueError, match=message):
-        loading.load_own_variables(store)
+        loading.load_own_variables(saved(other))
     assert_equal(slots_of(loading), before)
 
 
