@@ -1,6 +1,7 @@
 """The Keras side of every optimizer: arguments, slots, config, loading."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -29,19 +30,21 @@ from keras_blockwise.reshaping import join
 from keras_blockwise.reshaping import reshape
 from keras_blockwise.reshaping import take_apart
 from keras_blockwise.state import ITEM_SIZES
-from keras_blockwise.state import Accumulators
 from keras_blockwise.state import Batch
 from keras_blockwise.state import Part
 from keras_blockwise.state import Slot
 from keras_blockwise.state import State
+from keras_blockwise.state import Weights
 from keras_blockwise.state import homes
 from keras_blockwise.state import plan_slots
 from keras_blockwise.step import Rule
 from keras_blockwise.step import Scalars
+from keras_blockwise.step import averaged
 from keras_blockwise.step import block_means
 from keras_blockwise.step import block_step
 from keras_blockwise.step import broadcastable
 from keras_blockwise.step import entry_step
+from keras_blockwise.step import own_block_step
 
 Tensor = Any
 Variable = Any
@@ -222,27 +225,67 @@ class BlockwiseOptimizer(FusedOptimizer):
         means = self._means(batch, gradients, values)
         finite = True
         if self.skip_nonfinite:
+            averages = [own_means["velocity"] for own_means in means]
+            for weights in batch.weights:
+                if "velocity" in weights.state:
+                    g = gradients[weights.positions[0]]
+                    g = ops.cast(g, step_dtype(weights.state))
+                    averages.append(averaged(rule, g)["velocity"])
             finite = ops.all(
-                ops.stack([ops.all(ops.isfinite(m["velocity"])) for m in means])
+                ops.stack([ops.all(ops.isfinite(x)) for x in averages])
             )
-        scalars = {
-            dtype: Scalars.of(
-                rule,
-                ops.cast(iterations, dtype) + 1,
-                ops.cast(learning_rate, dtype),
+
+        @functools.cache
+        def scalars(dtype: str) -> Scalars:
+            t = ops.cast(iterations, dtype) + 1
+            return Scalars.of(rule, t, ops.cast(learning_rate, dtype))
+
+        scales, assignments = self._block_steps(
+            batch, means, statistics, scalars, finite
+        )
+        updates = [
+            self._entry_update(
+                weights,
+                own_values,
+                join([gradients[p] for p in weights.positions]),
+                [scales[p] for p in weights.positions if p in scales],
+                scalars,
+                finite,
             )
-            for dtype in dict.fromkeys(map(step_dtype, batch.accumulators))
-        }
+            for weights, own_values in zip(batch.weights, values)
+        ]
+        for weights, new in zip(batch.weights, self.new_values(updates)):
+            w, *state = new
+            shapes = [p.shape for p in weights.partitions]
+            for variable, value in zip(
+                weights.variables, take_apart(w, shapes)
+            ):
+                self.assign(variable, value)
+            assignments += zip(weights.state.values(), state)
+        for part, value in assignments:
+            self._assign_part(part, value)
+        return finite
+
+    def _block_steps(
+        self,
+        batch: Batch,
+        means: Sequence[dict[str, Tensor]],
+        statistics: Mapping[int, dict[str, Tensor]],
+        scalars: Callable[[str], Scalars],
+        finite: Tensor,
+    ) -> tuple[dict[int, Tensor], list[tuple[Part, Tensor]]]:
+        """The scale by position of a variable, and what to assign."""
+        rule = self.block_state.rule
+        scales: dict[int, Tensor] = {}
         assignments: list[tuple[Part, Tensor]] = []
-        scales: dict[int, tuple[Tensor, Scalars]] = {}
         for k, accumulators in enumerate(batch.accumulators):
             own_means = means[k]
-            own_scalars = scalars[step_dtype(accumulators)]
+            dtype = step_dtype(accumulators.statistics)
             old = {
                 name: reshape(value, own_means["velocity"].shape)
                 for name, value in statistics[k].items()
             }
-            scale, new = block_step(rule, own_scalars, own_means, old)
+            scale, new = block_step(rule, scalars(dtype), own_means, old)
             for name, part in accumulators.statistics.items():
                 value = new[name]
                 if self.skip_nonfinite:
@@ -252,43 +295,47 @@ class BlockwiseOptimizer(FusedOptimizer):
             shapes = [g.partitions[0].accumulator_shape for g in groups]
             for group, own_scale in zip(groups, take_apart(scale, shapes)):
                 for position in group.positions:
-                    scales[position] = own_scale, own_scalars
-        updates = []
-        for weights, own_values in zip(batch.weights, values):
-            own_scales = [scales[p][0] for p in weights.positions]
-            own_scalars = scales[weights.positions[0]][1]
-            shape, scale = broadcastable(own_scales, weights.partitions)
-            g = join([gradients[p] for p in weights.positions])
-            dtype = dtype_of(scale)
-            step = partial(entry_step, rule, own_scalars, weights.weight_decay)
-            # With the momentum of g, w needs only what m is to be; and XLA
-            # would copy all of a variable that is stored in 16 bits.
+                    scales[position] = own_scale
+        return scales, assignments
+
+    def _entry_update(
+        self,
+        weights: Weights,
+        values: Sequence[Tensor],
+        gradient: Tensor,
+        scales: Sequence[Tensor],
+        scalars: Callable[[str], Scalars],
+        finite: Tensor,
+    ) -> EntryUpdate:
+        """How variables take a step, with their state of every entry."""
+        rule = self.block_state.rule
+        inputs: list[Tensor] = []
+        step: Callable[..., tuple[Tensor, ...]]
+        if scales:
+            dtype = dtype_of(scales[0])
+            shape, *inputs = broadcastable(scales, weights.partitions)
+            step = entry_step
+            # With the momentum of g, w needs only what m is to be.
             in_rows = (
-                weights.momentum is not None
+                "momentum" in weights.state
                 and len(weights.variables) == 1
                 and not rule.momentum_of_gradient
-                and all(dtype_of(value) == dtype for value in own_values)
             )
-            updates.append(
-                EntryUpdate(
-                    partial(new_entries, step, dtype, finite),
-                    shape,
-                    (scale, reshape(g, shape)),
-                    tuple(reshape(value, shape) for value in own_values),
-                    in_rows,
-                )
-            )
-        for weights, (w, *m) in zip(batch.weights, self.new_values(updates)):
-            shapes = [p.shape for p in weights.partitions]
-            for variable, value in zip(
-                weights.variables, take_apart(w, shapes)
-            ):
-                self.assign(variable, value)
-            if weights.momentum is not None:
-                assignments.append((weights.momentum, *m))
-        for part, value in assignments:
-            self._assign_part(part, value)
-        return finite
+        else:
+            dtype = step_dtype(weights.state)
+            shape = weights.partitions[0].shape
+            step = own_block_step
+            in_rows = True
+        inputs.append(reshape(gradient, shape))
+        step = partial(step, rule, scalars(dtype), weights.weight_decay)
+        return EntryUpdate(
+            partial(new_entries, step, dtype, finite, len(inputs)),
+            shape,
+            tuple(inputs),
+            tuple(reshape(value, shape) for value in values),
+            # XLA would copy all of a variable that is stored in 16 bits.
+            in_rows and all(dtype_of(value) == dtype for value in values),
+        )
 
     def _means(
         self,
@@ -307,7 +354,7 @@ class BlockwiseOptimizer(FusedOptimizer):
                         gradients[i] = scheduled_with(w, gradients[i])
         means = []
         for accumulators in batch.accumulators:
-            dtype = step_dtype(accumulators)
+            dtype = step_dtype(accumulators.statistics)
             each = [
                 block_means(
                     rule,
@@ -489,8 +536,8 @@ def read_batch(
     """The values of all variables of a step, in the order to work on them.
 
     Returns:
-        For each of `weights` the variables, and their momentum if there is one,
-        both joined; for each of `accumulators` the statistics.
+        For each of `weights` the variables, joined, and their state; for each
+        of `accumulators` the statistics.
     """
     kept_in = {
         position: k
@@ -501,20 +548,18 @@ def read_batch(
     values = []
     statistics: dict[int, dict[str, Tensor]] = {}
     for weights in batch.weights:
-        for k in {kept_in[p]: None for p in weights.positions}:
-            if k not in statistics:
+        for k in {kept_in.get(p): None for p in weights.positions}:
+            if k is not None and k not in statistics:
                 parts = batch.accumulators[k].statistics
                 statistics[k] = {n: read_part(p) for n, p in parts.items()}
-        own = [join([read(variable) for variable in weights.variables])]
-        if weights.momentum is not None:
-            own.append(read_part(weights.momentum))
-        values.append(own)
+        w = join([read(variable) for variable in weights.variables])
+        values.append([w, *map(read_part, weights.state.values())])
     return values, statistics
 
 
-def step_dtype(accumulators: Accumulators) -> str:
+def step_dtype(statistics: Mapping[str, Part]) -> str:
     """Float32 or wider: in bfloat16, a `beta_2` of 0.999 is 1."""
-    return dtype_of(accumulators.statistics["velocity"].variable)
+    return dtype_of(statistics["velocity"].variable)
 
 
 def read_part(part: Part) -> Tensor:
@@ -528,27 +573,23 @@ def dtype_of(x: Tensor) -> str:
 
 
 def new_entries(
-    step: Callable[..., tuple[Tensor, Tensor]],
+    step: Callable[..., tuple[Tensor, ...]],
     dtype: str,
     finite: Tensor,
-    scale: Tensor,
-    g: Tensor,
-    w: Tensor,
-    m: Tensor = None,
+    num_inputs: int,
+    *tensors: Tensor,
 ) -> list[Tensor]:
     """`step` in a dtype that the entries may not have, if `finite`.
 
     Returns:
-        The new `w`, and the new `m` if there is one.
+        What is new for those of `tensors` that come after the inputs.
     """
-    g, w = ops.cast(g, dtype), ops.cast(w, dtype)
-    m = m if m is None else ops.cast(m, dtype)
-    pairs = zip(step(scale, g, w, m), (w, m))
+    tensors = tuple(ops.cast(x, dtype) for x in tensors)
+    pairs = zip(step(*tensors), tensors[num_inputs:])
+    # It is `True` itself without `skip_nonfinite`.
     return [
-        # It is `True` itself without `skip_nonfinite`.
         new if finite is True else ops.where(finite, new, old)
         for new, old in pairs
-        if old is not None
     ]
 
 

@@ -359,13 +359,15 @@ def compile_update(update: Callable[..., None], tensors: Any) -> Any:
 
 
 def new_values_in_place(update: EntryUpdate) -> list[Tensor]:
-    """The new values of the variables, none of which needs a copy.
+    """The new values of the variables, none of which needs other memory.
 
-    If the momentum is stored in 16 bits, the weights need it as it was before,
-    and XLA would make the new one somewhere else. So it comes after them.
+    XLA would make a copy of a momentum in 16 bits, which the weights need as it
+    was before; and if every entry is a block, it would write the scaled
+    gradient, which weights and momentum need, and read it twice. So each
+    variable comes after those before it.
     """
     (*inputs, gradient), values = update.inputs, list(update.values)
-    if all(value.dtype.size > 2 for value in values):
+    if len(values) < 3 and all(value.dtype.size > 2 for value in values):
         return list(update.function(*update.inputs, *values))
     new = []
     for i, value in enumerate(values):

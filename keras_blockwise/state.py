@@ -57,6 +57,12 @@ class Group(NamedTuple):
     positions: tuple[int, ...]
     partitions: tuple[Partition, ...]
 
+    @property
+    def has_blocks_of_one(self) -> bool:
+        """Whether it is one variable, and every entry of it is a block."""
+        first, *others = self.partitions
+        return not others and first.group is None and first.block_size == 1
+
 
 class Accumulators(NamedTuple):
     """Accumulators that are kept together.
@@ -71,25 +77,32 @@ class Accumulators(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Variables whose momentum is kept together.
+    """Variables whose state of every entry is kept together.
 
     Args:
         positions: Where their gradients are in the list of gradients.
         partitions: Their blocks.
         variables: The variables.
         weight_decay: Their decoupled weight decay, of each entry if it differs.
-        momentum: The momentum of all of them, or `None`.
+        state: What has a number for every entry, by name of the slot: the
+            momentum of all of them if there is one; the statistics of a single
+            one, the last first, if every entry of it is a block.
     """
 
     positions: tuple[int, ...]
     partitions: tuple[Partition, ...]
     variables: tuple[Variable, ...]
     weight_decay: float | np.ndarray
-    momentum: Part | None
+    state: dict[str, Part]
 
 
 class Batch(NamedTuple):
-    """Some variables, with all of their state."""
+    """Some variables, with all of their state.
+
+    Args:
+        accumulators: Those of all blocks but the entries of single `weights`.
+        weights: The variables.
+    """
 
     accumulators: list[Accumulators]
     weights: list[Weights]
@@ -301,6 +314,15 @@ class State:
         members: dict[Any, list[int]] = {}
         for position, i in enumerate(indices):
             members.setdefault(self._keys[i], []).append(position)
+        together: list[tuple[Sequence[int], dict[str, Part]]]
+        if self.rule.momentum.has_state:
+            together = [
+                (own, {"momentum": part})
+                for own, part in self._together("momentum", indices)
+            ]
+        else:
+            together = [((i,), {}) for i in indices]
+        state_of = {own[0]: s for own, s in together if len(own) == 1}
         accumulators = []
         for keys, _ in self._together("velocity", list(members)):
             groups = tuple(
@@ -312,12 +334,11 @@ class State:
             statistics = {}
             for name in self.rule.statistics:
                 ((_, statistics[name]),) = self._together(name, keys)
-            accumulators.append(Accumulators(groups, statistics))
-        together: list[tuple[Sequence[int], Part | None]]
-        if self.rule.momentum.has_state:
-            together = list(self._together("momentum", indices))
-        else:
-            together = [((i,), None) for i in indices]
+            ((key, *others), (group, *_)) = keys, groups
+            if not others and key in state_of and group.has_blocks_of_one:
+                state_of[key] |= reversed(statistics.items())
+            else:
+                accumulators.append(Accumulators(groups, statistics))
         position_of = {i: position for position, i in enumerate(indices)}
         return Batch(
             accumulators,
@@ -330,9 +351,9 @@ class State:
                         [weight_decay(i) for i in own],
                         [math.prod(self._partitions[i].shape) for i in own],
                     ),
-                    momentum,
+                    state,
                 )
-                for own, momentum in together
+                for own, state in together
             ],
         )
 

@@ -92,23 +92,29 @@ def broadcastable(
     return p.view_shape, ops.reshape(scale, p.view_grid)
 
 
+def averaged(rule: Rule, g: Tensor) -> dict[str, Tensor]:
+    """What each statistic of a step averages over a block."""
+    return {
+        "velocity": ops.square(g),
+        **({"average_gradient": g} if rule.centered else {}),
+    }
+
+
 def block_means(
     rule: Rule,
     gradients: Sequence[Tensor],
     partitions: Sequence[Partition],
     materialize: Materialize | None = None,
 ) -> dict[str, Tensor]:
-    """What the statistics of a step average: `s`, and the block mean of g.
+    """Means of `averaged`: `s`, and the block mean of g.
 
     `s` is finite if and only if the squares of all of g are.
     """
-    squares = [ops.square(g) for g in gradients]
-    means = {"velocity": block_mean(squares, partitions, materialize)}
-    if rule.centered:
-        means["average_gradient"] = block_mean(
-            gradients, partitions, materialize
-        )
-    return means
+    each = [averaged(rule, g) for g in gradients]
+    return {
+        name: block_mean([xs[name] for xs in each], partitions, materialize)
+        for name in each[0]
+    }
 
 
 class Scalars(NamedTuple):
@@ -183,7 +189,7 @@ def entry_step(
     scale: Tensor,
     g: Tensor,
     w: Tensor,
-    m: Tensor,
+    m: Tensor = None,
 ) -> tuple[Tensor, Tensor]:
     """The part of a step that is made once per entry.
 
@@ -194,7 +200,7 @@ def entry_step(
         scale: Of `block_step`, broadcastable to the other tensors.
         g: Entries of the gradient.
         w: The same entries of the variable.
-        m: The same entries of its momentum; anything if the rule has none.
+        m: The same entries of its momentum; `None` if the rule has none.
 
     All tensors have one floating-point dtype.
 
@@ -210,3 +216,38 @@ def entry_step(
         decay = ops.cast(weight_decay, scalars.learning_rate.dtype)
         w = w - w * decay * scalars.learning_rate
     return w - direction, m
+
+
+def own_block_step(
+    rule: Rule,
+    scalars: Scalars,
+    weight_decay: float | np.ndarray,
+    g: Tensor,
+    w: Tensor,
+    *state: Tensor,
+) -> tuple[Tensor, ...]:
+    """`block_step` and `entry_step` where every entry is a block.
+
+    Args:
+        rule: The optimizer.
+        scalars: `Scalars.of(rule, t, learning_rate)`.
+        weight_decay: Decoupled weight decay of the variable.
+        g: Entries of the gradient.
+        w: The same entries of the variable.
+        *state: The same of its momentum if the rule has one, and of each of
+            `rule.statistics`, the last first.
+
+    All tensors have one floating-point dtype.
+
+    Returns:
+        The new `w` and `state`, none of which depends on one before it.
+    """
+    names = list(rule.statistics)[::-1]
+    momentum = state[: -len(names)]
+    statistics = dict(zip(names, state[len(momentum) :]))
+    scale, new = block_step(rule, scalars, averaged(rule, g), statistics)
+    scale = ops.reshape(scale, g.shape)  # See `broadcastable`.
+    new_w, new_m = entry_step(
+        rule, scalars, weight_decay, scale, g, w, *momentum
+    )
+    return new_w, *[new_m for _ in momentum], *[new[name] for name in names]
