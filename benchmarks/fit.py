@@ -6,8 +6,8 @@
 Every model is compiled with Keras's defaults, so on a CPU only the update of
 our optimizers is compiled by XLA. In every round, each optimizer trains its own
 copy of the model for one short `fit`, and the time is the median of the steps
-after the first: TensorFlow gives memory back to the system and takes it again
-when it happens to, which makes some steps of every optimizer a tenth longer.
+after the first: some steps of every optimizer take longer, those in which
+memory is given back to the system and taken again.
 """
 
 import statistics

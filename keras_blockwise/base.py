@@ -548,8 +548,8 @@ def read_batch(
     values = []
     statistics: dict[int, dict[str, Tensor]] = {}
     for weights in batch.weights:
-        for k in {kept_in.get(p): None for p in weights.positions}:
-            if k is not None and k not in statistics:
+        for k in {kept_in[p]: None for p in weights.positions if p in kept_in}:
+            if k not in statistics:
                 parts = batch.accumulators[k].statistics
                 statistics[k] = {n: read_part(p) for n, p in parts.items()}
         w = join([read(variable) for variable in weights.variables])
