@@ -310,31 +310,34 @@ class BlockwiseOptimizer(FusedOptimizer):
         """How variables take a step, with their state of every entry."""
         rule = self.block_state.rule
         inputs: list[Tensor] = []
+        spares_traffic = True
         step: Callable[..., tuple[Tensor, ...]]
         if scales:
             dtype = dtype_of(scales[0])
             shape, *inputs = broadcastable(scales, weights.partitions)
             step = entry_step
             # With the momentum of g, w needs only what m is to be.
-            in_rows = (
-                "momentum" in weights.state
-                and len(weights.variables) == 1
-                and not rule.momentum_of_gradient
+            spares_traffic = (
+                "momentum" in weights.state and not rule.momentum_of_gradient
             )
         else:
             dtype = step_dtype(weights.state)
             shape = weights.partitions[0].shape
             step = own_block_step
-            in_rows = True
         inputs.append(reshape(gradient, shape))
         step = partial(step, rule, scalars(dtype), weights.weight_decay)
+        # The weight decay of several may differ; and XLA would copy all of a
+        # variable that is stored in 16 bits.
+        in_parts = len(weights.variables) == 1 and all(
+            dtype_of(value) == dtype for value in values
+        )
         return EntryUpdate(
             partial(new_entries, step, dtype, finite, len(inputs)),
             shape,
             tuple(inputs),
             tuple(reshape(value, shape) for value in values),
-            # XLA would copy all of a variable that is stored in 16 bits.
-            in_rows and all(dtype_of(value) == dtype for value in values),
+            in_parts,
+            in_parts and spares_traffic,
         )
 
     def _means(

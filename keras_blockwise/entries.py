@@ -1,4 +1,4 @@
-"""Updates of variables that take one entry at a time, whole or in rows."""
+"""Updates of variables that take one entry at a time: whole, or in parts."""
 
 import math
 from collections.abc import Callable
@@ -17,6 +17,8 @@ SHORTEST = 2**9
 LONGEST = 2**18
 MOST_ROWS = 256
 PER_CORE = 8
+# How many entries XLA divides among cores at least; its limit is near 26,000.
+DIVIDED = 25_000
 
 
 class EntryUpdate(NamedTuple):
@@ -29,15 +31,17 @@ class EntryUpdate(NamedTuple):
         shape: That of the variables, or what they are reshaped to.
         inputs: Tensors of this shape, or with ones in it.
         values: Tensors of this shape, what the variables are now.
-        in_rows: Whether more than the first variable needs all of the inputs,
-            so that cutting them into rows spares memory traffic. The function
-            returns the dtypes of the variables then.
+        in_parts: Whether the function takes some of the entries as well as all
+            of them, and returns the dtypes of the variables.
+        in_rows: Whether, besides, more than the first variable needs all of the
+            inputs, so that cutting them into rows spares memory traffic.
     """
 
     function: Callable[..., Sequence[Tensor]]
     shape: tuple[int, ...]
     inputs: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    in_parts: bool
     in_rows: bool
 
 
@@ -74,3 +78,15 @@ def rows_of(
     ]
     worthwhile = rows > 1 and len(to_cut) >= PER_CORE * cores
     return rows, to_cut if worthwhile else []
+
+
+def is_divided_unevenly(update: EntryUpdate, cores: int) -> bool:
+    """Whether XLA would give the cores different parts of a vector.
+
+    It then looks at every entry whether it is inside, and where there is a root
+    to be taken, it makes one at a time: 1,048,573 entries take three times as
+    long as 1,048,576.
+    """
+    n = math.prod(update.shape)
+    is_vector = n == max(update.shape, default=1)
+    return update.in_parts and is_vector and n >= DIVIDED and n % cores > 0

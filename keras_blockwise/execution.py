@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 from keras_blockwise.entries import EntryUpdate
+from keras_blockwise.entries import is_divided_unevenly
 from keras_blockwise.entries import merging_axes
 from keras_blockwise.entries import rows_of
 from keras_blockwise.reduction import MANY
@@ -301,13 +302,14 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         if not self._compiles_for_cpu():
             return [u.function(*u.inputs, *u.values) for u in updates]
         cores = tf.config.threading.get_intra_op_parallelism_threads()
-        rows, to_cut = rows_of(updates, cores or os.cpu_count() or 1)
+        cores = cores or os.cpu_count() or 1
+        rows, to_cut = rows_of(updates, cores)
         in_rows: dict[int, Sequence[Tensor]] = {}
         if to_cut:
             values = new_values_in_rows(rows, [updates[i] for i in to_cut])
             in_rows = dict(zip(to_cut, values))
         return [
-            in_rows[i] if i in in_rows else new_values_in_place(update)
+            in_rows[i] if i in in_rows else new_values_in_place(update, cores)
             for i, update in enumerate(updates)
         ]
 
@@ -358,7 +360,7 @@ def compile_update(update: Callable[..., None], tensors: Any) -> Any:
         return function.get_concrete_function(*specs)
 
 
-def new_values_in_place(update: EntryUpdate) -> list[Tensor]:
+def new_values_in_place(update: EntryUpdate, cores: int) -> list[Tensor]:
     """The new values of the variables, none of which needs other memory.
 
     XLA would make a copy of a momentum in 16 bits, which the weights need as it
@@ -367,14 +369,42 @@ def new_values_in_place(update: EntryUpdate) -> list[Tensor]:
     variable comes after those before it.
     """
     (*inputs, gradient), values = update.inputs, list(update.values)
-    if len(values) < 3 and all(value.dtype.size > 2 for value in values):
+    in_parts = is_divided_unevenly(update, cores)
+    wide = all(value.dtype.size > 2 for value in values)
+    if len(values) < 3 and wide and not in_parts:
         return list(update.function(*update.inputs, *values))
     new = []
     for i, value in enumerate(values):
-        computed = update.function(*inputs, gradient, *values)[i]
+        if in_parts:
+            computed = in_two_parts(update, gradient, i)
+        else:
+            computed = update.function(*inputs, gradient, *values)[i]
         new.append(tf.cast(computed, value.dtype))
         gradient = after(new[i], gradient)
     return new
+
+
+def in_two_parts(update: EntryUpdate, gradient: Tensor, i: int) -> Tensor:
+    """The new value of one of some vectors, in place: its last entry by itself.
+
+    XLA does not divide among cores what writes a part of a variable. It writes
+    it in place if a tensor tells where it starts, and not a constant.
+    """
+    tensors = [*update.inputs[:-1], gradient, *update.values]
+    position = len(update.inputs) + i
+    zero = tf.cast(never(gradient), tf.int32)
+    n = max(update.shape)
+    for first, size in ((0, n - 1), (n - 1, 1)):
+        start = [zero + first if m == n else 0 for m in update.shape]
+        sizes = [min(m, size) for m in update.shape]
+        part = [
+            x if max(x.shape) == 1 else xla.dynamic_slice(x, start, sizes)
+            for x in tensors
+        ]
+        tensors[position] = xla.dynamic_update_slice(
+            tensors[position], update.function(*part)[i], start
+        )
+    return tensors[position]
 
 
 def new_values_in_rows(
@@ -424,8 +454,12 @@ def at(tensor: Tensor, row: Tensor) -> Tensor:
 
 def after(tensor: Tensor, value: Tensor) -> Tensor:
     """`value`, which XLA believes to depend on `tensor`."""
-    never = tf.reshape(tensor, [-1])[0] > np.inf
-    return tf.where(never, tf.zeros_like(value), value)
+    return tf.where(never(tensor), tf.zeros_like(value), value)
+
+
+def never(tensor: Tensor) -> Tensor:
+    """False, which XLA does not know."""
+    return tf.reshape(tensor, [-1])[0] > np.inf
 
 
 def native(variable: Variable) -> Any:

@@ -16,6 +16,7 @@ from keras_blockwise import BAGM
 from keras_blockwise import BlockAdam
 from keras_blockwise import entries
 from keras_blockwise.entries import EntryUpdate
+from keras_blockwise.entries import is_divided_unevenly
 from keras_blockwise.entries import merging_axes
 from keras_blockwise.entries import rows_of
 
@@ -42,14 +43,14 @@ def four_rows(monkeypatch):
     monkeypatch.setattr(entries, "PER_CORE", 0)
 
 
-def train(make, gradients, dtype="float32"):
+def train(make, gradients, dtype="float32", shapes=SHAPES):
     """The weights and the state after some steps of another learning rate."""
     optimizer = make(jit_compile=True)
-    variables = make_variables(SHAPES, dtype)
+    variables = make_variables(shapes, dtype)
     for step, values in enumerate(gradients):
         optimizer.learning_rate = 0.1 / (1 + step)
         optimizer.apply([tf.constant(g, dtype) for g in values], variables)
-    state = [v for v in optimizer.variables if v.shape]
+    state = optimizer.variables
     function = next(iter(optimizer._cache.functions.values()))
     return [np.float64(v) for v in variables + state], function
 
@@ -202,14 +203,128 @@ def test_blocks_of_one_entry_need_no_other_memory(cls):
     assert made == ["fusion"] * 9
 
 
+# Vectors of odd lengths, but for the last.
+ODD = {
+    "dense/bias": (7,),
+    "embedding/embeddings": (9, 1),
+    "dense_1/kernel": (1, 5),
+    "dense_2/kernel": (3, 3),
+}
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    """As if there were two, which share the smallest vector."""
+    monkeypatch.setattr(
+        tf.config.threading, "get_intra_op_parallelism_threads", lambda: 2
+    )
+    monkeypatch.setattr(entries, "DIVIDED", 2)
+
+
+def parts(function):
+    """How many parts of variables are written."""
+    operations = function.graph.get_operations()
+    return sum(op.type == "XlaDynamicUpdateSlice" for op in operations)
+
+
+@pytest.mark.parametrize("blocking", ["variable", "coordinate"])
+@by_case
+def test_two_parts_have_the_numbers_of_the_whole(
+    case, blocking, two_cores, monkeypatch
+):
+    def make(**kwargs):
+        return case.make(weight_decay=0.1, blocking=blocking, **kwargs)
+
+    gradients = make_gradients(3, ODD)
+    in_parts, function = train(make, gradients, shapes=ODD)
+    assert parts(function)
+    monkeypatch.setattr(entries, "DIVIDED", 10)
+    whole, function = train(make, gradients, shapes=ODD)
+    assert not parts(function)
+    for actual, expected in zip(in_parts, whole, strict=True):
+        np.testing.assert_allclose(actual, expected, 2e-6, 1e-8)
+
+
+def test_a_skipped_step_leaves_both_parts(two_cores):
+    optimizer = BAGM(blocking="coordinate", skip_nonfinite=True)
+    variables = make_variables(ODD)
+    gradients = [np.ones(shape, "float32") for shape in ODD.values()]
+    gradients[0][-1] = np.inf
+    optimizer.apply([tf.constant(g) for g in gradients], variables)
+    assert parts(next(iter(optimizer._cache.functions.values())))
+    for actual, value in zip(variables, make_variables(ODD)):
+        np.testing.assert_array_equal(actual, value)
+    assert not any(np.any(v) for v in optimizer.variables if len(v.shape))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("blocking", ["variable", "coordinate"])
+def test_no_parts_of_16_bits(blocking, dtype, two_cores):
+    """XLA would copy all of a variable to write a part of it."""
+    for momentum_dtype, weight_dtype in (
+        (dtype, "float32"),
+        ("float32", dtype),
+    ):
+
+        def make(momentum_dtype=momentum_dtype, **kwargs):
+            return BAGM(
+                blocking=blocking, momentum_dtype=momentum_dtype, **kwargs
+            )
+
+        gradients = make_gradients(1, ODD)
+        assert not parts(train(make, gradients, weight_dtype, ODD)[1])
+
+
+def test_no_parts_of_several_variables(two_cores):
+    """Each may have a weight decay of its own, entry by entry."""
+    shapes = {f"dense_{i}/bias": (7,) for i in range(17)}
+
+    gradients = make_gradients(1, shapes)
+    # Sixteen are together; one is left over.
+    assert parts(train(BAGM, gradients, shapes=shapes)[1]) == 2 * 3
+
+
+@pytest.mark.parametrize("shape", [(4999,), (4999, 1), (1, 4999)])
+@pytest.mark.parametrize("blocking", ["variable", "coordinate"])
+@pytest.mark.parametrize("cls", [BlockAdam, BAGM])
+def test_parts_are_written_in_place(cls, blocking, shape, two_cores):
+    program = program_of(cls(blocking=blocking), shape, "abc")
+    main = program[program.index("ENTRY") :]
+    made = re.findall(
+        r"= f32\[[\d,]*4999[\d,]*\]\S* (?!parameter|bitcast)(\w+)\(", main
+    )
+    numbers = {"variable": 2, "coordinate": 3}[blocking]
+    # Two parts of the weights, of the momentum and perhaps of the velocity.
+    assert made == ["fusion"] * 3 * 2 * numbers
+
+
+@pytest.mark.parametrize(
+    "shape, cores, divided",
+    [
+        ((25_001,), 2, True),
+        ((1, 25_001, 1), 2, True),
+        ((25_002,), 4, True),
+        ((25_002,), 2, False),
+        ((25_001,), 1, False),
+        ((24_999,), 2, False),
+        ((25_001, 3), 2, False),
+        ((), 2, False),
+    ],
+)
+def test_which_vectors_are_divided_unevenly(shape, cores, divided):
+    vector = update(shape)
+    assert is_divided_unevenly(vector, cores) == divided
+    assert not is_divided_unevenly(vector._replace(in_parts=False), cores)
+
+
 def body_of_loop(program):
     name = re.search(r" while\(.* body=(%[\w.]+)", program)[1]
     return re.search(rf"^{re.escape(name)} .*?^}}", program, re.M | re.S)[0]
 
 
-def update(shape, *inputs, in_rows=True):
+def update(shape, *inputs):
     tensors = tuple(np.broadcast_to(0.0, i) for i in (*inputs, shape))
-    return EntryUpdate(None, shape, tensors, (), in_rows)
+    return EntryUpdate(None, shape, tensors, (), in_parts=True, in_rows=True)
 
 
 @pytest.mark.parametrize(
