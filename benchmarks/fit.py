@@ -7,9 +7,12 @@ Every model is compiled with Keras's defaults, so on a CPU only the update of
 our optimizers is compiled by XLA. In every round, each optimizer trains its own
 copy of the model for one short `fit`, and the time is the median of the steps
 after the first: some steps of every optimizer take longer, those in which
-memory is given back to the system and taken again.
+memory is given back to the system and taken again. Two copies with the same
+optimizer differ by several percent for as long as they live, so there are
+several, made in random order.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -137,7 +140,9 @@ def make_optimizers(model: keras.Model) -> dict[str, Any]:
 def make_fits(name: str, batches: int) -> dict[str, Callable[[], float]]:
     """For each optimizer a function that trains and tells the time per step."""
     fits: dict[str, Callable[[], float]] = {}
-    for optimizer in (peers.ADAM, SGD, *peers.OURS):
+    optimizers = [peers.ADAM, SGD, *peers.OURS]
+    random.shuffle(optimizers)
+    for optimizer in optimizers:
         model = MODELS[name]()
         model.compile(
             optimizer=make_optimizers(model)[optimizer],
@@ -155,29 +160,43 @@ def make_fits(name: str, batches: int) -> dict[str, Callable[[], float]]:
 
 
 def main() -> None:
-    parser = report.make_parser(__doc__ or "", rounds=20)
+    parser = report.make_parser(__doc__ or "", rounds=5)
     report.add_list(parser, "--models", tuple(MODELS), tuple(MODELS)[:-1])
     parser.add_argument(
         "--batches", type=int, default=20, help="per fit, default: %(default)s"
     )
+    parser.add_argument(
+        "--copies",
+        type=report.positive,
+        default=3,
+        help="of each model with each optimizer, default: %(default)s",
+    )
     args = parser.parse_args()
     if args.batches < 2:
         parser.error("--batches must be 2 or more")
-    times = {}
+    random.seed(0)
+    times: dict[str, dict[str, list[float]]] = {}
     with timing.progress_bar() as progress:
         for name in args.models:
-            times[name] = timing.interleave(
-                make_fits(name, args.batches), args.rounds, progress, name
-            )
-            keras.backend.clear_session()
+            times[name] = {key: [] for key in (peers.ADAM, SGD, *peers.OURS)}
+            for copy in range(1, args.copies + 1):
+                found = timing.interleave(
+                    make_fits(name, args.batches),
+                    args.rounds,
+                    progress,
+                    f"{name}, copy {copy}",
+                )
+                for optimizer, seconds in found.items():
+                    times[name][optimizer] += seconds
+                keras.backend.clear_session()
     rows = []
     ratios = {}
     panels: dict[str, report.Bars] = {}
     for name, values in times.items():
-        seconds = timing.medians(values)
+        medians = timing.medians(values)
         panels[name] = {}
-        for optimizer, value in seconds.items():
-            ratio = value / seconds[peers.ADAM]
+        for optimizer, value in medians.items():
+            ratio = value / medians[peers.ADAM]
             if optimizer in peers.OURS:
                 ratios[f"{optimizer}, {name}"] = ratio
             rows.append(
@@ -187,7 +206,7 @@ def main() -> None:
                     f"{1000 * value:.2f}",
                     timing.spread(values[optimizer]),
                     f"{ratio:.3f}",
-                    f"{value / seconds[SGD]:.3f}",
+                    f"{value / medians[SGD]:.3f}",
                 )
             )
             panels[name][optimizer] = (
