@@ -387,15 +387,13 @@ def new_values_in_place(update: EntryUpdate, cores: int) -> list[Tensor]:
 def in_two_parts(update: EntryUpdate, gradient: Tensor, i: int) -> Tensor:
     """The new value of one of some vectors, in place: its last entry by itself.
 
-    XLA does not divide among cores what writes a part of a variable. It writes
-    it in place if a tensor tells where it starts, and not a constant.
+    XLA does not divide among cores what writes a part of a variable.
     """
     tensors = [*update.inputs[:-1], gradient, *update.values]
     position = len(update.inputs) + i
-    zero = tf.cast(never(gradient), tf.int32)
     n = max(update.shape)
     for first, size in ((0, n - 1), (n - 1, 1)):
-        start = [zero + first if m == n else 0 for m in update.shape]
+        start = [first if m == n else 0 for m in update.shape]
         sizes = [min(m, size) for m in update.shape]
         part = [
             x if max(x.shape) == 1 else xla.dynamic_slice(x, start, sizes)
@@ -454,12 +452,8 @@ def at(tensor: Tensor, row: Tensor) -> Tensor:
 
 def after(tensor: Tensor, value: Tensor) -> Tensor:
     """`value`, which XLA believes to depend on `tensor`."""
-    return tf.where(never(tensor), tf.zeros_like(value), value)
-
-
-def never(tensor: Tensor) -> Tensor:
-    """False, which XLA does not know."""
-    return tf.reshape(tensor, [-1])[0] > np.inf
+    never = tf.reshape(tensor, [-1])[0] > np.inf
+    return tf.where(never, tf.zeros_like(value), value)
 
 
 def native(variable: Variable) -> Any:
