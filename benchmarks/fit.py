@@ -29,6 +29,7 @@ from benchmarks import report
 from benchmarks import timing
 
 SGD = "Keras SGD Nesterov"
+OPTIMIZERS = (peers.ADAM, SGD, *peers.OURS)
 VOCABULARY = 1000
 
 
@@ -140,9 +141,7 @@ def make_optimizers(model: keras.Model) -> dict[str, Any]:
 def make_fits(name: str, batches: int) -> dict[str, Callable[[], float]]:
     """For each optimizer a function that trains and tells the time per step."""
     fits: dict[str, Callable[[], float]] = {}
-    optimizers = [peers.ADAM, SGD, *peers.OURS]
-    random.shuffle(optimizers)
-    for optimizer in optimizers:
+    for optimizer in random.sample(OPTIMIZERS, len(OPTIMIZERS)):
         model = MODELS[name]()
         model.compile(
             optimizer=make_optimizers(model)[optimizer],
@@ -178,7 +177,7 @@ def main() -> None:
     times: dict[str, dict[str, list[float]]] = {}
     with timing.progress_bar() as progress:
         for name in args.models:
-            times[name] = {key: [] for key in (peers.ADAM, SGD, *peers.OURS)}
+            times[name] = {optimizer: [] for optimizer in OPTIMIZERS}
             for copy in range(1, args.copies + 1):
                 found = timing.interleave(
                     make_fits(name, args.batches),

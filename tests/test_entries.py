@@ -1,6 +1,7 @@
 """Updates in rows: the numbers of whole ones, in place, and where they are."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -50,9 +51,8 @@ def train(make, gradients, dtype="float32", shapes=SHAPES):
     for step, values in enumerate(gradients):
         optimizer.learning_rate = 0.1 / (1 + step)
         optimizer.apply([tf.constant(g, dtype) for g in values], variables)
-    state = optimizer.variables
     function = next(iter(optimizer._cache.functions.values()))
-    return [np.float64(v) for v in variables + state], function
+    return [np.float64(v) for v in variables + optimizer.variables], function
 
 
 def has_loop(function):
@@ -261,17 +261,10 @@ def test_a_skipped_step_leaves_both_parts(two_cores):
 @pytest.mark.parametrize("blocking", ["variable", "coordinate"])
 def test_no_parts_of_16_bits(blocking, dtype, two_cores):
     """XLA would copy all of a variable to write a part of it."""
-    for momentum_dtype, weight_dtype in (
-        (dtype, "float32"),
-        ("float32", dtype),
-    ):
-
-        def make(momentum_dtype=momentum_dtype, **kwargs):
-            return BAGM(
-                blocking=blocking, momentum_dtype=momentum_dtype, **kwargs
-            )
-
-        gradients = make_gradients(1, ODD)
+    gradients = make_gradients(1, ODD)
+    for stored in ((dtype, "float32"), ("float32", dtype)):
+        momentum_dtype, weight_dtype = stored
+        make = partial(BAGM, blocking=blocking, momentum_dtype=momentum_dtype)
         assert not parts(train(make, gradients, weight_dtype, ODD)[1])
 
 
