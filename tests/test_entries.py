@@ -351,11 +351,11 @@ def test_where_rows_are():
         update((1023, 1023), (1, 1023)),
     ]
     rows, cut = rows_of([*others, *[large] * 16], cores=1)
-    assert (rows, cut) == (256, list(range(4, 20)))
+    assert (rows, cut) == (64, list(range(4, 20)))
     # All of it stays in the cache anyway.
     assert rows_of([update((64, 64), (1, 1))] * 16, cores=1) == (1, [])
     # No more rows than that, however large the model is.
-    assert rows_of([large] * 200, cores=1) == (256, list(range(200)))
+    assert rows_of([large] * 200, cores=1) == (64, list(range(200)))
 
 
 def test_a_step_under_a_strategy_is_cut_on_each_replica(four_rows):
