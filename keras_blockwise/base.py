@@ -213,6 +213,9 @@ class BlockwiseOptimizer(FusedOptimizer):
 
         return state.batch(indices, weight_decay)
 
+    def halves(self, indices: Sequence[int]) -> list[range]:
+        return self.block_state.halves(indices)
+
     def update_all(
         self,
         batch: Batch,
