@@ -11,8 +11,8 @@ Tensor = Any
 # XLA makes one pass over memory for every variable that it writes on a CPU. If
 # all variables are updated row by row, later passes find a row in the cache.
 # How many entries a row of them all has, and one of one variable may have; how
-# many rows there are at most, as every loop over one takes a start; and how
-# many variables keep a core busy.
+# many rows there are at most, since each takes the start of a loop for every
+# variable; and how many variables keep a core busy.
 ROW_ENTRIES = 2**18
 SHORTEST = 2**9
 LONGEST = 2**18

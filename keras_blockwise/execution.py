@@ -54,7 +54,7 @@ if keras.backend.backend() == "tensorflow":
 
 
 class FusedOptimizer(keras.optimizers.Optimizer):
-    """An optimizer that updates all its variables in one function.
+    """An optimizer that updates all its variables in one function, or in two.
 
     A subclass has `update_all`, `variables_of`, `halves`, `describe_state` and
     `check_description`, and calls `add_slot` in its `build`.
