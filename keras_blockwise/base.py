@@ -213,7 +213,7 @@ class BlockwiseOptimizer(FusedOptimizer):
 
         return state.batch(indices, weight_decay)
 
-    def halves(self, indices: Sequence[int]) -> list[range]:
+    def halves(self, indices: Sequence[int]) -> list[slice]:
         return self.block_state.halves(indices)
 
     def update_all(

@@ -56,8 +56,8 @@ if keras.backend.backend() == "tensorflow":
 class FusedOptimizer(keras.optimizers.Optimizer):
     """An optimizer that updates all its variables in one function, or in two.
 
-    A subclass has `update_all`, `variables_of`, `halves`, `describe_state` and
-    `check_description`, and calls `add_slot` in its `build`.
+    A subclass has `update_all`, `variables_of`, `describe_state` and
+    `check_description`, may have `halves`, and calls `add_slot` in its `build`.
 
     Args:
         learning_rate: As in `keras.optimizers.Optimizer`.
@@ -130,16 +130,16 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         """
         raise NotImplementedError
 
-    def halves(self, indices: Sequence[int]) -> list[range]:
-        """Positions in `indices` of what `update_all` can update by itself.
+    def halves(self, indices: Sequence[int]) -> list[slice]:
+        """The halves of `indices`, if `update_all` can update each by itself.
 
         Args:
             indices: Positions of the variables, in the order of `build`.
 
         Returns:
-            Two halves, or all of them if they depend on each other.
+            Two slices, or one of all.
         """
-        raise NotImplementedError
+        return [slice(None)]
 
     def add_slot(
         self,
@@ -259,8 +259,8 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         def update_replicas(
             strategy: Any, grads: Sequence[Tensor], *scalars: Tensor
         ) -> None:
-            for positions in self._positions_of_calls(indices):
-                own = tuple(indices[p] for p in positions)
+            for together in self._calls(indices):
+                own = indices[together]
                 if own not in self._cache.variables:
                     self._cache.variables[own] = tf.nest.map_structure(
                         native, self._variables_of_step(own)
@@ -270,7 +270,7 @@ class FusedOptimizer(keras.optimizers.Optimizer):
                     self._update_replica(own),
                     args=(
                         self._cache.variables[own],
-                        [grads[p] for p in positions],
+                        grads[together],
                         *scalars,
                     ),
                     group=False,
@@ -285,8 +285,8 @@ class FusedOptimizer(keras.optimizers.Optimizer):
             tf.convert_to_tensor(self.iterations),
         )
 
-    def _positions_of_calls(self, indices: tuple[int, ...]) -> list[range]:
-        """Positions in `indices` of what to update together, in their order.
+    def _calls(self, indices: Sequence[int]) -> list[slice]:
+        """What of `indices` to update together, in the order of the calls.
 
         In a graph, the variables of the last layers can be updated while the
         gradients of the others are made.
@@ -298,7 +298,7 @@ class FusedOptimizer(keras.optimizers.Optimizer):
             or self.skip_nonfinite  # It needs all gradients.
             or not self._compiles_for_cpu()
         ):
-            return [range(len(indices))]
+            return [slice(None)]
         return self.halves(indices)[::-1]
 
     def _variables_of_step(self, indices: tuple[int, ...]) -> Any:

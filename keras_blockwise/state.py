@@ -357,19 +357,18 @@ class State:
             ],
         )
 
-    def halves(self, indices: Sequence[int]) -> list[range]:
-        """Positions in `indices`, in two halves that share no accumulator.
+    def halves(self, indices: Sequence[int]) -> list[slice]:
+        """Two halves of `indices` that share no accumulator.
 
-        One range of all if they cannot be cut.
+        One slice of all if they cannot be cut.
         """
-        n = len(indices)
         last = {self._keys[i]: position for position, i in enumerate(indices)}
         end = 0
         for position, i in enumerate(indices):
-            if end < position and position >= n // 2:
-                return [range(position), range(position, n)]
+            if end < position and position >= len(indices) // 2:
+                return [slice(position), slice(position, None)]
             end = max(end, last[self._keys[i]])
-        return [range(n)]
+        return [slice(None)]
 
     def _together(
         self, name: str, keys: Sequence[Any]

@@ -325,11 +325,6 @@ OTHERS = {
         NotImplementedError,
         "",
     ),
-    "halves of the base class": (
-        lambda: FusedOptimizer(0.1).halves([]),
-        NotImplementedError,
-        "",
-    ),
     "description of the base class": (
         lambda: FusedOptimizer(0.1).describe_state(),
         NotImplementedError,
