@@ -9,14 +9,15 @@ from typing import NamedTuple
 Tensor = Any
 
 # XLA makes one pass over memory for every variable that it writes on a CPU. If
-# all variables are updated row by row, later passes find a row in the cache.
-# How many entries a row of them all has, and one of one variable may have; how
-# many rows there are at most, since each takes the start of a loop for every
-# variable; and how many variables keep a core busy.
-ROW_ENTRIES = 2**18
-SHORTEST = 2**9
-LONGEST = 2**18
-MOST_ROWS = 64
+# a large one is updated row by row, later passes find the row in the cache. One
+# core makes such a loop, and others take over some of those that are left, up
+# to four cores, and while there are more than eight.
+# How many entries a row has at least and at most, and what is cut into rows;
+# how many cores make loops, and how many loops there must be for each.
+SHORTEST = 2**13
+LONGEST = 2**15
+LARGE = 2**18
+MOST_CORES = 4
 PER_CORE = 8
 # How many entries XLA divides among cores at least; its limit is near 26,000.
 DIVIDED = 25_000
@@ -45,6 +46,11 @@ class EntryUpdate(NamedTuple):
     in_parts: bool
     in_rows: bool
 
+    @property
+    def size(self) -> int:
+        """How many entries the variables have."""
+        return math.prod(self.shape)
+
 
 def merging_axes(update: EntryUpdate) -> int:
     """How many of the first axes can be one for every tensor.
@@ -59,26 +65,36 @@ def merging_axes(update: EntryUpdate) -> int:
     return len(update.shape)
 
 
-def rows_of(
-    updates: Sequence[EntryUpdate], cores: int
-) -> tuple[int, list[int]]:
-    """How many rows to cut variables into, and which updates to cut."""
-    sizes = {
-        i: math.prod(update.shape)
+def rows_of(update: EntryUpdate) -> int:
+    """How many rows to cut variables into; 1 where that is of no use."""
+    if not update.in_rows or update.size < LARGE:
+        return 1
+    along = math.prod(update.shape[: merging_axes(update)])
+    few, many = -(-update.size // LONGEST), update.size // SHORTEST
+    return next((n for n in range(few, many + 1) if along % n == 0), 1)
+
+
+def smallest(updates: Sequence[EntryUpdate]) -> int:
+    """The position of the smallest update."""
+    return min(range(len(updates)), key=lambda i: updates[i].size)
+
+
+def rows_of_each(updates: Sequence[EntryUpdate], cores: int) -> dict[int, int]:
+    """How many rows each has, by position, of those that are to be cut.
+
+    The smallest is not: it comes after the others.
+    """
+    cores = min(cores, MOST_CORES)
+    # The loop of a larger one would go on when all others have ended.
+    most = sum(update.size for update in updates) / cores
+    last = smallest(updates)
+    rows = {
+        i: rows_of(update)
         for i, update in enumerate(updates)
-        if update.in_rows
+        if i != last and update.size <= most
     }
-    rows = 1
-    while rows < MOST_ROWS and rows * ROW_ENTRIES < sum(sizes.values()):
-        rows *= 2
-    to_cut = [
-        i
-        for i, size in sizes.items()
-        if SHORTEST <= size / rows <= LONGEST
-        and math.prod(updates[i].shape[: merging_axes(updates[i])]) % rows == 0
-    ]
-    worthwhile = rows > 1 and len(to_cut) >= PER_CORE * cores
-    return rows, to_cut if worthwhile else []
+    rows = {i: n for i, n in rows.items() if n > 1}
+    return rows if len(rows) >= PER_CORE * cores else {}
 
 
 def is_divided_unevenly(update: EntryUpdate, cores: int) -> bool:
@@ -88,6 +104,6 @@ def is_divided_unevenly(update: EntryUpdate, cores: int) -> bool:
     to be taken, it makes one at a time: 1,048,573 entries take three times as
     long as 1,048,576.
     """
-    n = math.prod(update.shape)
+    n = update.size
     is_vector = n == max(update.shape, default=1)
     return update.in_parts and is_vector and n >= DIVIDED and n % cores > 0

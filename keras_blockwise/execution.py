@@ -18,7 +18,8 @@ import numpy as np
 from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.entries import is_divided_unevenly
 from keras_blockwise.entries import merging_axes
-from keras_blockwise.entries import rows_of
+from keras_blockwise.entries import rows_of_each
+from keras_blockwise.entries import smallest
 from keras_blockwise.reduction import MANY
 
 Tensor = Any
@@ -336,23 +337,26 @@ class FusedOptimizer(keras.optimizers.Optimizer):
 
         return update
 
-    def new_values(
-        self, updates: Sequence[EntryUpdate]
-    ) -> list[Sequence[Tensor]]:
+    def new_values(self, updates: Sequence[EntryUpdate]) -> list[list[Tensor]]:
         """What the variables of each update are to be, in a shape of theirs."""
         if not self._compiles_for_cpu():
-            return [u.function(*u.inputs, *u.values) for u in updates]
+            return [list(u.function(*u.inputs, *u.values)) for u in updates]
         cores = tf.config.threading.get_intra_op_parallelism_threads()
         cores = cores or os.cpu_count() or 1
-        rows, to_cut = rows_of(updates, cores)
-        in_rows: dict[int, Sequence[Tensor]] = {}
-        if to_cut:
-            values = new_values_in_rows(rows, [updates[i] for i in to_cut])
-            in_rows = dict(zip(to_cut, values))
-        return [
-            in_rows[i] if i in in_rows else new_values_in_place(update, cores)
-            for i, update in enumerate(updates)
-        ]
+        rows = rows_of_each(updates, cores)
+        new: list[list[Tensor]] = []
+        loops = []
+        for i, update in enumerate(updates):
+            if i in rows:
+                values, state = new_values_in_rows(update, rows[i])
+                loops.append(state)
+            else:
+                values = new_values_in_place(update, cores)
+            new.append(values)
+        if loops:
+            last = new[smallest(updates)]
+            last[0] = after(tf.add_n(loops), last[0])
+        return new
 
     def materializer(self) -> Callable[[Tensor], Tensor] | None:
         """What keeps XLA from joining what makes a tensor with what takes it.
@@ -447,35 +451,40 @@ def in_two_parts(update: EntryUpdate, gradient: Tensor, i: int) -> Tensor:
 
 
 def new_values_in_rows(
-    rows: int, updates: Sequence[EntryUpdate]
-) -> list[list[Tensor]]:
-    """The new values of the variables, made for one row of all at a time."""
-    inputs = [[cut(x, rows, u) for x in u.inputs] for u in updates]
-    values = [[cut(v, rows, u) for v in u.values] for u in updates]
+    update: EntryUpdate, rows: int
+) -> tuple[list[Tensor], Tensor]:
+    """The new values of the variables, made row by row, and a number.
 
-    def update_row(row: Tensor, values: Any) -> Any:
-        written = []
-        for update, xs, own in zip(updates, inputs, values):
-            own = list(own)
-            index = row
-            for i, value in enumerate(own):
-                entries = [
-                    x if x.shape[0] == 1 else at(x, index) for x in (*xs, *own)
-                ]
-                own[i] = xla.dynamic_update_slice(
-                    value,
-                    update.function(*entries)[i],
-                    [index] + [0] * (value.shape.rank - 1),
-                )
+    XLA runs loops side by side if none writes to the memory of another. So this
+    one has all that it computes in its state, and the number is made of that:
+    if it is read after all loops, the memory is no other's before.
+    """
+    inputs = [cut(x, rows, update) for x in update.inputs]
+    values = [cut(v, rows, update) for v in update.values]
+
+    def update_row(row: Tensor, _: Tensor, __: Tensor, values: Any) -> Any:
+        index, values = tf.cast(row, tf.int32), list(values)
+        entries = [at(x, index) for x in (*inputs, *values)]
+        for i, value in enumerate(values):
+            values[i] = xla.dynamic_update_slice(
+                value,
+                update.function(*entries)[i],
+                [index] + [0] * (value.shape.rank - 1),
+            )
+            written = at(values[i], index)
+            if i + 1 < len(values):
                 # XLA writes in place what nobody reads afterwards.
-                index = after(at(own[i], index), index)
-            written.append(own)
-        return row + 1, written
+                index = after(written, index)
+                entries[len(inputs) + i + 1] = at(values[i + 1], index)
+        # A quotient, since XLA would make a sum twice, and the row a copy.
+        following = (row + 1) / after(written, tf.ones_like(row))
+        return following, following, following < rows, values
 
-    _, values = tf.while_loop(
-        lambda row, values: row < rows, update_row, (tf.constant(0), values)
+    start = tf.constant(0.0), tf.constant(-1.0), tf.constant(True)
+    row, following, more, values = tf.while_loop(
+        lambda row, _, more, values: more, update_row, (*start, values)
     )
-    return list(values)
+    return list(values), row + following + tf.cast(more, row.dtype)
 
 
 def cut(tensor: Tensor, rows: int, update: EntryUpdate) -> Tensor:
@@ -487,6 +496,9 @@ def cut(tensor: Tensor, rows: int, update: EntryUpdate) -> Tensor:
 
 
 def at(tensor: Tensor, row: Tensor) -> Tensor:
+    """A row of a tensor, or all of it if it has one."""
+    if tensor.shape[0] == 1:
+        return tensor
     # It keeps the axis, and XLA writes back a row of the same shape in place.
     return tf.gather(tensor, [row])
 

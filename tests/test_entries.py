@@ -20,8 +20,9 @@ from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.entries import is_divided_unevenly
 from keras_blockwise.entries import merging_axes
 from keras_blockwise.entries import rows_of
+from keras_blockwise.entries import rows_of_each
 
-# Square, odd, of rank 1 to 4; the last cannot be cut into 4 rows.
+# Square, odd, of rank 1 to 4; the smallest is never cut.
 SHAPES = {
     "dense/kernel": (8, 8),
     "dense/bias": (12,),
@@ -36,11 +37,11 @@ by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
 @pytest.fixture
-def four_rows(monkeypatch):
-    """Cuts whatever gains from it, also the smallest, into four rows."""
-    monkeypatch.setattr(entries, "ROW_ENTRIES", 1)
+def short_rows(monkeypatch):
+    """Cuts whatever gains from it, but for the smallest, however small."""
     monkeypatch.setattr(entries, "SHORTEST", 1)
-    monkeypatch.setattr(entries, "MOST_ROWS", 4)
+    monkeypatch.setattr(entries, "LONGEST", 16)
+    monkeypatch.setattr(entries, "LARGE", 1)
     monkeypatch.setattr(entries, "PER_CORE", 0)
 
 
@@ -67,7 +68,7 @@ def check(
     gradients = gradients or make_gradients(steps, SHAPES)
     in_rows, function = train(make, gradients, dtype)
     with monkeypatch.context() as context:
-        context.setattr(entries, "MOST_ROWS", 1)
+        context.setattr(entries, "LARGE", 10**9)
         whole, whole_function = train(make, gradients, dtype)
     assert not has_loop(whole_function)
     assert len(in_rows) == len(whole)
@@ -79,7 +80,7 @@ def check(
 @pytest.mark.parametrize("blocking", ["variable", "coordinate"])
 @by_case
 def test_rows_have_the_numbers_of_the_whole(
-    case, blocking, four_rows, monkeypatch
+    case, blocking, short_rows, monkeypatch
 ):
     def make(**kwargs):
         return case.make(weight_decay=0.1, blocking=blocking, **kwargs)
@@ -95,7 +96,7 @@ def test_rows_have_the_numbers_of_the_whole(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_rows_of_every_scheme(scheme, four_rows, monkeypatch):
+def test_rows_of_every_scheme(scheme, short_rows, monkeypatch):
     def make(**kwargs):
         return BAGM(blocking=scheme, **kwargs)
 
@@ -104,7 +105,7 @@ def test_rows_of_every_scheme(scheme, four_rows, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("stored", ["momentum", "weights"])
-def test_no_rows_of_16_bits(stored, dtype, four_rows, monkeypatch):
+def test_no_rows_of_16_bits(stored, dtype, short_rows, monkeypatch):
     """XLA would copy all of a variable to write one of its rows."""
     momentum_dtype, weight_dtype = {
         "momentum": (dtype, "float32"),
@@ -117,11 +118,11 @@ def test_no_rows_of_16_bits(stored, dtype, four_rows, monkeypatch):
     assert not check(make, monkeypatch, weight_dtype)
 
 
-def test_rows_of_float64(four_rows, monkeypatch):
+def test_rows_of_float64(short_rows, monkeypatch):
     assert check(BAGM, monkeypatch, "float64")
 
 
-def test_a_skipped_step_leaves_every_row(four_rows, monkeypatch):
+def test_a_skipped_step_leaves_every_row(short_rows, monkeypatch):
     def make(**kwargs):
         return BAGM(skip_nonfinite=True, **kwargs)
 
@@ -130,7 +131,7 @@ def test_a_skipped_step_leaves_every_row(four_rows, monkeypatch):
     assert check(make, monkeypatch, gradients=gradients)
 
 
-def test_an_infinite_weight_changes_its_own_row_alone(four_rows):
+def test_an_infinite_weight_changes_its_own_row_alone(short_rows):
     """Also where it is looked at to know that it has been written."""
     variables = make_variables(SHAPES)
     kernel = np.array(variables[0])
@@ -150,18 +151,17 @@ def test_an_infinite_weight_changes_its_own_row_alone(four_rows):
 
 
 @pytest.mark.parametrize("scheme", ["variable", "output_unit"])
-def test_rows_are_written_in_place(scheme, four_rows):
+def test_rows_are_written_in_place(scheme, short_rows):
     """A copy for every row would make the step a hundred times slower."""
-    program = program_of(BAGM(blocking=scheme), (64, 64), "ab")
+    program = program_of(BAGM(blocking=scheme), (512, 8), "ab")
+    made = re.findall(r"= \w+\[([\d,]*)\]\S* (copy|fusion)\(", program)
     large = [
         operation
-        for dims, operation in re.findall(
-            r"= \w+\[([\d,]*)\]\S* (copy|fusion)\(", body_of_loop(program)
-        )
-        if np.prod([int(n) for n in dims.split(",") if n]) == 64 * 64
+        for dims, operation in made
+        if np.prod([int(n) for n in dims.split(",") if n]) == 512 * 8
     ]
+    assert " while(" in program
     assert large == ["fusion"] * 4  # Two kernels, and the momentum of each.
-    assert not re.search(r"= \w+\[[^]]*64\S* copy\(", program)
 
 
 @pytest.mark.parametrize("count", [3, 16], ids=["alone", "together"])
@@ -338,27 +338,63 @@ def test_axes_that_can_be_one(shape, scale, axes):
     assert merging_axes(update(shape, scale)) == axes
 
 
-def test_where_rows_are():
-    large = update((1024, 1024), (1, 1))
-    assert rows_of([large] * 16, cores=2) == (64, list(range(16)))
-    # Too few for the cores, of no use, too small, too large, and odd.
-    assert rows_of([large] * 15, cores=2) == (64, [])
-    assert rows_of([large] * 16, cores=3) == (64, [])
-    others = [
-        large._replace(in_rows=False),
-        update((8, 8), (1, 1)),
-        update((2**17, 1024), (1, 1)),
-        update((1023, 1023), (1, 1023)),
-    ]
-    rows, cut = rows_of([*others, *[large] * 16], cores=1)
-    assert (rows, cut) == (64, list(range(4, 20)))
-    # All of it stays in the cache anyway.
-    assert rows_of([update((64, 64), (1, 1))] * 16, cores=1) == (1, [])
-    # No more rows than that, however large the model is.
-    assert rows_of([large] * 200, cores=1) == (64, list(range(200)))
+def test_how_many_rows():
+    # 2 ** 15 entries in each, or fewer if that is not a divisor.
+    assert rows_of(update((1024, 1024), (1, 1))) == 32
+    assert rows_of(update((1024, 1024), (1, 1024))) == 32
+    assert rows_of(update((768, 768), (1, 1))) == 18
+    assert rows_of(update((768, 3072), (1, 3072))) == 96
+    assert rows_of(update((50257, 768), (50257, 1))) == 1733
+    assert rows_of(update((2**20,))) == 32
+    # Less than 2 ** 18 entries, rows of less than 2 ** 13, more than 2 ** 15.
+    assert rows_of(update((512, 512), (1, 1))) == 8
+    assert rows_of(update((511, 512), (1, 1))) == 1
+    assert rows_of(update((1031, 1024), (1, 1024))) == 1
+    assert rows_of(update((4, 2**18), (1, 2**18))) == 1
+    assert rows_of(update((1024, 1024))._replace(in_rows=False)) == 1
 
 
-def test_a_step_under_a_strategy_is_cut_on_each_replica(four_rows):
+def test_what_is_cut():
+    bias, large = update((1024,), (1,)), update((1024, 1024), (1, 1))
+    assert rows_of_each([bias, *[large] * 16], cores=2) == {
+        i: 32 for i in range(1, 17)
+    }
+    # Too few loops for the cores, of which no more than four make any.
+    assert not rows_of_each([bias, *[large] * 15], cores=2)
+    assert not rows_of_each([bias, *[large] * 16], cores=3)
+    assert len(rows_of_each([bias, *[large] * 32], cores=64)) == 32
+    # The smallest is left, and what would keep one of the cores too long.
+    assert not rows_of_each([large] * 16, cores=2)
+    assert 0 not in rows_of_each([large] * 17, cores=2)
+    larger = update((2**15, 1024), (1, 1))
+    assert 17 not in rows_of_each([bias, *[large] * 16, larger], cores=2)
+    assert 17 in rows_of_each([bias, *[large] * 16, larger], cores=1)
+
+
+def test_loops_share_no_memory(short_rows):
+    """Otherwise XLA would run them one after the other."""
+    program = program_of(BAGM(blocking="output_unit"), (512, 8), "abc")
+    made = re.findall(
+        r"= (\w+\[[\d,]*\])\S* (fusion|copy)\(", body_of_loop(program)
+    )
+    # The kernel, its momentum, the next row, and whether there is one: the
+    # state, which has the next row twice.
+    assert sorted(made) == sorted([
+        *[("f32[256,2,8]", "fusion")] * 2,
+        ("f32[]", "fusion"), ("f32[]", "copy"), ("pred[]", "fusion"),
+    ])  # fmt: skip
+    # One kernel reads that of both loops when they have ended.
+    main = program[program.index("ENTRY") :]
+    scalar = (
+        r"(%[\w.]+) = (?:f32|pred)\[\]\S* get-tuple-element\(%(?:while|call)"
+    )
+    state = set(re.findall(scalar, main))
+    operands = re.findall(r"= f32\[512,8\]\S* fusion\((.*?)\)", main)
+    assert len(state) == 2 * 3
+    assert any(state <= set(re.findall(r"%[\w.]+", own)) for own in operands)
+
+
+def test_a_step_under_a_strategy_is_cut_on_each_replica(short_rows):
     strategy = two_replicas()
     with strategy.scope():
         optimizer = BAGM(0.1, blocking="variable")
