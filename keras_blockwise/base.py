@@ -213,8 +213,8 @@ class BlockwiseOptimizer(FusedOptimizer):
 
         return state.batch(indices, weight_decay)
 
-    def halves(self, indices: Sequence[int]) -> list[slice]:
-        return self.block_state.halves(indices)
+    def first_and_rest(self, indices: Sequence[int]) -> list[slice]:
+        return self.block_state.first_and_rest(indices)
 
     def update_all(
         self,

@@ -1,6 +1,6 @@
 """Runs the update: one compiled function for all variables, on each replica.
 
-In a graph on a CPU it may be two, one for each half of the variables.
+In a graph on a CPU it may be two, the second for the first few variables.
 
 The only file that knows TensorFlow or a private name of Keras.
 """
@@ -27,7 +27,7 @@ Variable = Any
 
 # How many variables are worth a second call of a compiled function, which takes
 # a tenth of a millisecond and some microseconds for every variable.
-HALVED = 32
+TWO_CALLS = 32
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -58,7 +58,8 @@ class FusedOptimizer(keras.optimizers.Optimizer):
     """An optimizer that updates all its variables in one function, or in two.
 
     A subclass has `update_all`, `variables_of`, `describe_state` and
-    `check_description`, may have `halves`, and calls `add_slot` in its `build`.
+    `check_description`, may have `first_and_rest`, and calls `add_slot` in its
+    `build`.
 
     Args:
         learning_rate: As in `keras.optimizers.Optimizer`.
@@ -131,8 +132,10 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         """
         raise NotImplementedError
 
-    def halves(self, indices: Sequence[int]) -> list[slice]:
-        """The halves of `indices`, if `update_all` can update each by itself.
+    def first_and_rest(self, indices: Sequence[int]) -> list[slice]:
+        """The first few of `indices` and the rest.
+
+        `update_all` must be able to update each of the two by itself.
 
         Args:
             indices: Positions of the variables, in the order of `build`.
@@ -289,18 +292,18 @@ class FusedOptimizer(keras.optimizers.Optimizer):
     def _calls(self, indices: Sequence[int]) -> list[slice]:
         """What of `indices` to update together, in the order of the calls.
 
-        In a graph, the variables of the last layers can be updated while the
-        gradients of the others are made.
+        In a graph, most variables can be updated while the gradients of the
+        first layer are made, which are the last.
         """
         if (
-            len(indices) < HALVED
+            len(indices) < TWO_CALLS
             or tf.executing_eagerly()
             or tf.__internal__.get_enclosing_xla_context() is not None
             or self.skip_nonfinite  # It needs all gradients.
             or not self._compiles_for_cpu()
         ):
             return [slice(None)]
-        return self.halves(indices)[::-1]
+        return self.first_and_rest(indices)[::-1]
 
     def _variables_of_step(self, indices: tuple[int, ...]) -> Any:
         counters = [self._iterations, self.skipped_steps]

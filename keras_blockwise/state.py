@@ -32,6 +32,9 @@ ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 # so other numbers here are another format.
 SMALL = 4096
 TOGETHER = 16
+# How many variables at least to update by themselves when the last gradient is
+# made, which is that of the first layer.
+FEW = 3
 
 
 class Part(NamedTuple):
@@ -357,15 +360,15 @@ class State:
             ],
         )
 
-    def halves(self, indices: Sequence[int]) -> list[slice]:
-        """Two halves of `indices` that share no accumulator.
+    def first_and_rest(self, indices: Sequence[int]) -> list[slice]:
+        """The first few of `indices` and the rest, which share no accumulator.
 
         One slice of all if they cannot be cut.
         """
         last = {self._keys[i]: position for position, i in enumerate(indices)}
         end = 0
         for position, i in enumerate(indices):
-            if end < position and position >= len(indices) // 2:
+            if end < position and position >= FEW:
                 return [slice(position), slice(position, None)]
             end = max(end, last[self._keys[i]])
         return [slice(None)]
