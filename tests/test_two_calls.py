@@ -15,7 +15,7 @@ from test_execution import to_numpy
 import keras_blockwise as kb
 from keras_blockwise.execution import FusedOptimizer
 
-# The third is inside a layer, and inside what is kept in one variable.
+# The first three are a part of a layer, and of what is kept in one variable.
 SHAPES = {
     f"layer_{i}/{name}": shape
     for i in range(10)
@@ -109,9 +109,8 @@ def test_one_call_if_the_caller_compiles():
 
 def test_one_call_without_xla(monkeypatch):
     optimizer = kb.BAGM(jit_compile=False)
-    monkeypatch.setattr(
-        optimizer, "first_and_rest", None
-    )  # To call it is an error.
+    # To call it is an error.
+    monkeypatch.setattr(optimizer, "first_and_rest", None)
     train(optimizer, function=True)
 
 
