@@ -4,12 +4,13 @@
     python -m benchmarks.fit --models lstm,tiny_layers
 
 Every model is compiled with Keras's defaults, so on a CPU only the update of
-our optimizers is compiled by XLA. In every round, each optimizer trains its own
-copy of the model for one short `fit`, and the time is the median of the steps
-after the first: some steps of every optimizer take longer, those in which
-memory is given back to the system and taken again. Two copies with the same
-optimizer differ by several percent for as long as they live, so there are
-several, made in random order.
+our optimizers is compiled by XLA. In every round, each optimizer trains the
+same layers for one short `fit`, and the time is the median of the steps after
+the first: some steps of every optimizer take longer, those in which memory is
+given back to the system and taken again. The train functions of two models with
+the same optimizer and layers differ by several percent for as long as they
+live, so there are many copies of each model, and a ratio is the mean of those
+of the copies, with its standard error.
 """
 
 import random
@@ -21,6 +22,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import layers
+from rich.progress import Progress
 
 import keras_blockwise as kb
 from benchmarks import goals
@@ -139,17 +141,21 @@ def make_optimizers(model: keras.Model) -> dict[str, Any]:
 
 
 def make_fits(name: str, batches: int) -> dict[str, Callable[[], float]]:
-    """For each optimizer a function that trains and tells the time per step."""
+    """For each optimizer a function that trains and tells the time per step.
+
+    All train the same layers, and are made in random order.
+    """
     fits: dict[str, Callable[[], float]] = {}
+    original = MODELS[name]()
+    x, y = data_for(original, batches)
     for optimizer in random.sample(OPTIMIZERS, len(OPTIMIZERS)):
-        model = MODELS[name]()
+        model = keras.Model(original.inputs, original.outputs)
         model.compile(
             optimizer=make_optimizers(model)[optimizer],
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
-        x, y = data_for(model, batches)
 
-        def fit(model: Any = model, x: Any = x, y: Any = y) -> float:
+        def fit(model: keras.Model = model) -> float:
             clock = Clock()
             model.fit(x, y, BATCH, verbose=0, callbacks=[clock])
             return clock.seconds_per_step
@@ -159,62 +165,64 @@ def make_fits(name: str, batches: int) -> dict[str, Callable[[], float]]:
 
 
 def main() -> None:
-    parser = report.make_parser(__doc__ or "", rounds=5)
+    parser = report.make_parser(__doc__ or "", rounds=2)
     report.add_list(parser, "--models", tuple(MODELS), tuple(MODELS)[:-1])
     parser.add_argument(
-        "--batches", type=int, default=20, help="per fit, default: %(default)s"
+        "--batches", type=int, default=10, help="per fit, default: %(default)s"
     )
     parser.add_argument(
         "--copies",
         type=report.positive,
-        default=3,
-        help="of each model with each optimizer, default: %(default)s",
+        default=24,
+        help="of each model, default: %(default)s",
     )
     args = parser.parse_args()
     if args.batches < 2:
         parser.error("--batches must be 2 or more")
     random.seed(0)
-    times: dict[str, dict[str, list[float]]] = {}
+    times: dict[str, list[dict[str, list[float]]]] = {}
     with timing.progress_bar() as progress:
         for name in args.models:
-            times[name] = {optimizer: [] for optimizer in OPTIMIZERS}
-            for copy in range(1, args.copies + 1):
-                found = timing.interleave(
-                    make_fits(name, args.batches),
-                    args.rounds,
-                    progress,
-                    f"{name}, copy {copy}",
+            times[name] = []
+            for _ in progress.track(
+                range(args.copies), description=f"{name}, copies"
+            ):
+                fits = make_fits(name, args.batches)
+                times[name].append(
+                    timing.interleave(
+                        fits, args.rounds, Progress(disable=True), ""
+                    )
                 )
-                for optimizer, seconds in found.items():
-                    times[name][optimizer] += seconds
                 keras.backend.clear_session()
     rows = []
     ratios = {}
     panels: dict[str, report.Bars] = {}
-    for name, values in times.items():
-        medians = timing.medians(values)
+    for name, found in times.items():
+        copies = [timing.medians(values) for values in found]
+        seconds = {o: [copy[o] for copy in copies] for o in OPTIMIZERS}
         panels[name] = {}
-        for optimizer, value in medians.items():
-            ratio = value / medians[peers.ADAM]
+        for optimizer in OPTIMIZERS:
+            value = statistics.median(seconds[optimizer])
+            by_adam = timing.ratio(seconds[optimizer], seconds[peers.ADAM])
+            by_sgd = timing.ratio(seconds[optimizer], seconds[SGD])
             if optimizer in peers.OURS:
-                ratios[f"{optimizer}, {name}"] = ratio
+                ratios[f"{optimizer}, {name}"] = by_adam.mean
             rows.append(
                 (
                     name,
                     optimizer,
                     f"{1000 * value:.2f}",
-                    timing.spread(values[optimizer]),
-                    f"{ratio:.3f}",
-                    f"{value / medians[SGD]:.3f}",
+                    str(by_adam),
+                    str(by_sgd),
                 )
             )
             panels[name][optimizer] = (
                 1000 * value,
-                f"{ratio:.2f}×",
+                f"{by_adam.mean:.2f}×",
                 optimizer in peers.OURS,
             )
     title = f"model.fit, batches of {BATCH}"
-    columns = ("model", "optimizer", "ms", "±", "/ Adam", "/ SGD")
+    columns = ("model", "optimizer", "ms", "/ Adam", "/ SGD")
     report.console.print(report.make_table(title, columns, rows))
     path = args.output / "fit.json"
     report.save(path, args, times, [goals.judge(goals.FIT, ratios)])

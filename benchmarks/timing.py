@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import NamedTuple
 from typing import TypeVar
 
 from rich.progress import BarColumn
@@ -111,3 +113,24 @@ def spread(values: list[float]) -> str:
         return ""
     first, middle, third = statistics.quantiles(values, method="inclusive")
     return f"{(third - first) / 2 / middle:.0%}"
+
+
+class Ratio(NamedTuple):
+    """A mean of ratios, and its standard error: `None` if there was but one."""
+
+    mean: float
+    error: float | None
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"{self.mean:.3f}"
+        return f"{self.mean:.3f} ± {self.error:.3f}"
+
+
+def ratio(values: Sequence[float], divisors: Sequence[float]) -> Ratio:
+    """What each value is of its divisor, in the mean."""
+    ratios = [x / y for x, y in zip(values, divisors, strict=True)]
+    error = None
+    if len(ratios) > 1:
+        error = statistics.stdev(ratios) / math.sqrt(len(ratios))
+    return Ratio(statistics.mean(ratios), error)

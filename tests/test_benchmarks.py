@@ -86,6 +86,14 @@ def test_spread():
     assert timing.spread([1.0]) == ""
 
 
+def test_a_ratio_is_the_mean_of_pairs():
+    ratio = timing.ratio([1.0, 6.0, 2.0, 4.0], [2.0, 4.0, 2.0, 4.0])
+    assert ratio.mean == 1.0
+    assert ratio.error == pytest.approx((0.5 / 3) ** 0.5 / 2)
+    assert str(ratio) == "1.000 ± 0.204"
+    assert str(timing.ratio([3.0], [2.0])) == "1.500"
+
+
 @pytest.mark.parametrize(
     "worst, word", [(0.5, "aim"), (0.51, "must"), (0.8, "must"), (0.81, "fail")]
 )
