@@ -178,6 +178,26 @@ def test_the_update_in_a_function_is_compiled_by_xla(jit_compile, expected):
     assert len(compiled) == expected
 
 
+def test_the_names_of_the_update_come_after_those_of_the_gradients():
+    optimizer = kb.BAGM(clipvalue=1.0, jit_compile=True)
+    variables = make_variables()
+    optimizer.build(variables)
+
+    @tf.function(autograph=False)
+    def step():
+        with tf.GradientTape() as tape:
+            loss = tf.add_n([tf.reduce_sum(v**2) for v in variables])
+        optimizer.apply(tape.gradient(loss, variables))
+
+    operations = step.get_concrete_function().graph.get_operations()
+    last_gradient = max(
+        op.name for op in operations if op.name.startswith("gradient_tape/")
+    )
+    names = [op.name for op in operations if "PartitionedCall" in op.type]
+    assert len(names) == 1
+    assert names[0] > last_gradient
+
+
 # Keras's training loop.
 
 DATA = np.random.default_rng(0).normal(size=(2, 16, 3)).astype("float32")
