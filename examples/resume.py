@@ -10,6 +10,7 @@ import argparse
 import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -21,17 +22,11 @@ from sklearn.datasets import load_digits
 
 import keras_blockwise as kb
 
+STEPS = 40  # Of an epoch, 32 images each. The last 500 images are for testing.
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--backup", default="backup", help="a folder for it")
-    args = parser.parse_args()
+
+def make_model(epochs: int) -> keras.Model:
     keras.utils.set_random_seed(0)
-    digits = load_digits()
-    images = np.float32(digits.images[..., None] / 16)
-    labels = digits.target
-    steps = 40  # Of 32 images each. The last 500 images are for testing.
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
@@ -41,37 +36,51 @@ def main() -> None:
             keras.layers.Dense(10, activation="softmax"),
         ]
     )
-    schedule = keras.optimizers.schedules.CosineDecay(3e-3, args.epochs * steps)
-    optimizer = kb.BlockAdam(schedule)
+    schedule = keras.optimizers.schedules.CosineDecay(3e-3, epochs * STEPS)
     loss = "sparse_categorical_crossentropy"
-    model.compile(optimizer, loss, metrics=["accuracy"])
+    model.compile(kb.BlockAdam(schedule), loss, metrics=["accuracy"])
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--file", type=Path, default="resume.keras")
+    args = parser.parse_args()
+    digits = load_digits()
+    images = np.float32(digits.images[..., None] / 16)
+    labels = digits.target
+    if args.file.exists():
+        model = keras.saving.load_model(args.file)
+    else:
+        model = make_model(args.epochs)
+    first = int(model.optimizer.iterations)
+    print(f"From step {first} of {args.epochs * STEPS}")
 
     def batches() -> Iterator[Any]:
         """From the step that the optimizer has reached; each epoch shuffled."""
-        for step in itertools.count(int(optimizer.iterations)):
-            epoch, i = divmod(step, steps)
+        for step in itertools.count(int(model.optimizer.iterations)):
+            epoch, i = divmod(step, STEPS)
             order = np.random.default_rng(epoch).permutation(1297)
             chosen = order[32 * i : 32 * (i + 1)]
             yield images[chosen], labels[chosen]
 
+    def save(epoch: int, logs: Any) -> None:
+        # In one go: a kill may come while the file is written.
+        new = args.file.with_stem("unfinished")
+        model.save(new)
+        new.replace(args.file)
+
     signature = tf.TensorSpec((32, 8, 8, 1)), tf.TensorSpec((32,), tf.int64)
     data = tf.data.Dataset.from_generator(batches, output_signature=signature)
-    # Two backups: a kill may come while one is written.
-    backup = keras.callbacks.BackupAndRestore(
-        args.backup, double_checkpoint=True
-    )
-    report = keras.callbacks.LambdaCallback(
-        on_train_begin=lambda logs: print(
-            f"From step {int(optimizer.iterations)} of {args.epochs * steps}"
-        )
-    )
     model.fit(
         data,
         epochs=args.epochs,
-        steps_per_epoch=steps,
+        initial_epoch=first // STEPS,
+        steps_per_epoch=STEPS,
         validation_data=(images[1297:], labels[1297:]),
         shuffle=False,
-        callbacks=[backup, report],
+        callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=save)],
     )
 
 

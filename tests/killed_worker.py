@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import struct
 import sys
@@ -24,7 +25,6 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import h5py
 import keras
 import numpy as np
 import tensorflow as tf
@@ -44,20 +44,40 @@ def batch(step: int) -> tuple[Any, Any]:
     return x, x[:, :1] * x[:, 1:2]
 
 
-def mend(folder: Path) -> None:
-    """Removes what `BackupAndRestore` trips over.
+def make_model() -> keras.Model:
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(4, activation="tanh", name="hidden"),
+            keras.layers.Dense(1, name="out"),
+        ]
+    )
+    schedule = keras.optimizers.schedules.CosineDecay(0.05, STEPS)
+    optimizer = kb.BlockAdam(schedule, weight_decay=0.01, use_ema=True)
+    optimizer.build(model.trainable_variables)
+    model.compile(optimizer, "mse")
+    return model
 
-    It writes its two files in place. A kill within leaves half a file; that
-    of the weights it replaces by the one before, but not if it is the first,
-    and not that of the epoch, which does not matter here.
+
+def mend(folder: Path) -> None:
+    """Mends what `BackupAndRestore` trips over.
+
+    It writes its two files in place. Weights that cannot be opened it replaces
+    by those before, if there are any, but a kill can also leave a file that
+    HDF5 opens and cannot read. The file of the epoch does not matter here.
     """
     weights = folder / "latest.weights.h5"
+    before = folder / "latest.weights.h5.bkp"
     epoch = folder / "training_metadata.json"
-    if weights.exists() and not Path(f"{weights}.bkp").exists():
+    if weights.exists():
         try:
-            h5py.File(weights).close()
-        except OSError:
-            weights.unlink()
+            make_model().load_weights(weights)
+        except Exception:
+            if before.exists():
+                shutil.copy(before, weights)
+            else:
+                weights.unlink()
     if epoch.exists():
         try:
             json.loads(epoch.read_text())
@@ -90,17 +110,9 @@ def train(folder: Path, pipe: int) -> None:
     # This raises an error if TensorFlow had started before the fork.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((3,)),
-            keras.layers.Dense(4, activation="tanh", name="hidden"),
-            keras.layers.Dense(1, name="out"),
-        ]
-    )
-    schedule = keras.optimizers.schedules.CosineDecay(0.05, STEPS)
-    optimizer = kb.BlockAdam(schedule, weight_decay=0.01, use_ema=True)
-    model.compile(optimizer, "mse")
+    mend(folder / "backup")
+    model = make_model()
+    optimizer = model.optimizer
 
     def batches() -> Iterator[Any]:
         # Keras restores the epoch, not the batch; the optimizer has counted.
@@ -113,7 +125,6 @@ def train(folder: Path, pipe: int) -> None:
             tf.TensorSpec((4, 1), tf.float32),
         ),
     )
-    mend(folder / "backup")
     backup = keras.callbacks.BackupAndRestore(
         str(folder / "backup"),
         save_freq=4,

@@ -57,11 +57,13 @@ def test_example(tmp_path):
         assert "From step 0 of 120\n" in printed
         assert any("Epoch 3/3" in line for line in printed)
         first.kill()
-    assert (tmp_path / "backup").exists()
+    assert (tmp_path / "resume.keras").exists()
+    # A file that was being written at the kill.
+    (tmp_path / "unfinished.keras").write_bytes(b"PK")
     second = subprocess.run(
         command, cwd=tmp_path, capture_output=True, check=True, text=True
     )
     assert "From step 80 of 120\n" in second.stdout
     assert "Epoch 3/3" in second.stdout
     assert "Epoch 2/3" not in second.stdout
-    assert not (tmp_path / "backup").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["resume.keras"]
