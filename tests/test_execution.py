@@ -178,6 +178,23 @@ def test_the_update_in_a_function_is_compiled_by_xla(jit_compile, expected):
     assert len(compiled) == expected
 
 
+@pytest.mark.parametrize("shape", [None, (None, 2)])
+def test_a_gradient_whose_shape_a_graph_does_not_know(shape):
+    ends = []
+    for spec in ((3, 2), shape):
+        optimizer = kb.BAGM(0.1, blocking="variable")
+        variable = keras.Variable(np.ones((3, 2)))
+        optimizer.build([variable])
+        apply = tf.function(
+            lambda g, o=optimizer: o.apply([g]),
+            input_signature=[tf.TensorSpec(spec, tf.float32)],
+            autograph=False,
+        )
+        apply(np.float32([[1, 2], [3, 4], [5, 6]]))
+        ends.append(to_numpy([variable]))
+    assert_equal(*ends)
+
+
 def test_the_names_of_the_update_come_after_those_of_the_gradients():
     optimizer = kb.BAGM(clipvalue=1.0, jit_compile=True)
     variables = make_variables()
