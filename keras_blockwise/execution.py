@@ -21,6 +21,8 @@ from keras_blockwise.entries import merging_axes
 from keras_blockwise.entries import rows_of_each
 from keras_blockwise.entries import smallest
 from keras_blockwise.reduction import MANY
+from keras_blockwise.state import SMALL
+from keras_blockwise.state import TOGETHER
 
 Tensor = Any
 Variable = Any
@@ -304,10 +306,8 @@ class FusedOptimizer(keras.optimizers.Optimizer):
         """
         if (
             len(indices) < TWO_CALLS
-            or tf.executing_eagerly()
-            or tf.__internal__.get_enclosing_xla_context() is not None
             or self.skip_nonfinite  # It needs all gradients.
-            or not self._compiles_for_cpu()
+            or not self._in_graph_on_cpu()
         ):
             return [slice(None)]
         return self.first_and_rest(indices)[::-1]
@@ -332,15 +332,25 @@ class FusedOptimizer(keras.optimizers.Optimizer):
     def _update_replica(self, indices: tuple[int, ...]) -> Callable[..., None]:
         """`_update` on the variables of one replica, compiled."""
 
-        def update(first_variable: Any, variables: Any, *tensors: Any) -> None:
+        def update(
+            first_variable: Any,
+            variables: Any,
+            gradients: Sequence[Tensor],
+            *scalars: Tensor,
+        ) -> None:
             if not self._should_compile():
-                self._update(variables, *tensors)
+                self._update(variables, gradients, *scalars)
                 return
-            key = (indices, id(first_variable))
+            joined = small_vectors(gradients) if self._in_graph_on_cpu() else []
+            tensors = (join(gradients, joined), *scalars)
+            key = (indices, id(first_variable), bool(joined))
             if key not in self._cache.functions:
+                sizes = [gradients[i].shape[0] for i in joined]
                 self._cache.functions[key] = compile_update(
                     # The variables are captured: no work for them per step.
-                    lambda *tensors: self._update(variables, *tensors),
+                    lambda tensors, *scalars: self._update(
+                        variables, split(tensors, joined, sizes), *scalars
+                    ),
                     tensors,
                 )
             self._cache.functions[key](*tensors)
@@ -377,6 +387,14 @@ class FusedOptimizer(keras.optimizers.Optimizer):
             return None
         return lambda tensor: xla.optimization_barrier(tensor)[0]
 
+    def _in_graph_on_cpu(self) -> bool:
+        """Whether the compiled update is a node of a graph on a CPU."""
+        return (
+            not tf.executing_eagerly()
+            and tf.__internal__.get_enclosing_xla_context() is None
+            and self._compiles_for_cpu()
+        )
+
     def _compiles_for_cpu(self) -> bool:
         return (
             keras.backend.backend() == "tensorflow"
@@ -403,6 +421,42 @@ class Cache:
         self.variables: dict[Any, Any] = {}
         self.functions: dict[Any, Any] = {}
         self.skipped_before: Any = None
+
+
+def small_vectors(tensors: Sequence[Tensor]) -> list[int]:
+    """The positions of the small vectors, if there are enough to join them.
+
+    An argument of a compiled function takes as long as an operation. With one
+    for all vectors, `model.fit` of a small transformer takes 2 to 4 % less.
+    """
+    positions = [
+        i
+        for i, tensor in enumerate(tensors)
+        if tensor.shape.rank == 1
+        and tensor.shape[0] < SMALL
+        and tensor.dtype == tensors[0].dtype
+    ]
+    return positions if len(positions) >= TOGETHER else []
+
+
+def join(tensors: Sequence[Tensor], positions: Sequence[int]) -> list[Tensor]:
+    """The tensors, those vectors at the end and in one."""
+    if not positions:
+        return list(tensors)
+    others = [t for i, t in enumerate(tensors) if i not in positions]
+    return [*others, tf.concat([tensors[i] for i in positions], axis=0)]
+
+
+def split(
+    tensors: Sequence[Tensor], positions: Sequence[int], sizes: Sequence[int]
+) -> list[Tensor]:
+    """What was given to `join`."""
+    if not positions:
+        return list(tensors)
+    *parts, joined = tensors
+    for position, part in zip(positions, tf.split(joined, sizes)):
+        parts.insert(position, part)
+    return parts
 
 
 def compile_update(update: Callable[..., None], tensors: Any) -> Any:

@@ -49,7 +49,7 @@ def calls(optimizer):
     """The positions of the variables of each compiled function."""
     return {
         range(indices[0], indices[-1] + 1)
-        for indices, _ in optimizer._cache.functions
+        for indices, *_ in optimizer._cache.functions
     }
 
 
@@ -95,6 +95,47 @@ def test_one_call_if_all_gradients_are_needed():
     optimizer = kb.BAGM(skip_nonfinite=True)
     train(optimizer, function=True)
     assert calls(optimizer) == ALL
+
+
+def joined(optimizer, count, size=5):
+    """How many gradients are joined by each operation of a graph."""
+    optimizer.build(make_variables({f"v{i}": (size,) for i in range(count)}))
+    function = tf.function(optimizer.apply, autograph=False)
+    vectors = [tf.TensorSpec((size,))] * count
+    operations = function.get_concrete_function(vectors).graph.get_operations()
+    return [
+        len(op.inputs) - 1
+        for op in operations
+        if op.type == "ConcatV2" and op.inputs[0].op.type == "Placeholder"
+    ]
+
+
+def test_vectors_are_joined():
+    assert joined(kb.BAGM(), 15) == []
+    assert joined(kb.BAGM(), 16) == [16]
+    assert joined(kb.BAGM(), 16, 4095) == [16]
+    assert joined(kb.BAGM(), 16, 4096) == []
+
+
+@by_class
+def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
+    """The three ways in turn: in a graph, the gradients are others."""
+    shapes = dict(list(SHAPES.items())[:28])
+    plain, mixed = [case.make(blocking="output_unit") for _ in range(2)]
+    ends = []
+    for optimizer in (plain, mixed):
+        variables = make_variables(shapes)
+        optimizer.build(variables)
+        ways = [
+            optimizer.apply,
+            tf.function(optimizer.apply, autograph=False),
+            tf.function(optimizer.apply, autograph=False, jit_compile=True),
+        ]
+        for step, gradients in enumerate(make_gradients(6, shapes)):
+            way = ways[step % 3 if optimizer is mixed else 0]
+            way(tensors(gradients, "float32"))
+        ends.append(to_numpy(variables) + list(slots_of(optimizer).values()))
+    assert_equal(*ends)
 
 
 def test_one_call_if_the_caller_compiles():
