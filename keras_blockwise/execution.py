@@ -21,8 +21,6 @@ from keras_blockwise.entries import merging_axes
 from keras_blockwise.entries import rows_of_each
 from keras_blockwise.entries import smallest
 from keras_blockwise.reduction import MANY
-from keras_blockwise.state import SMALL
-from keras_blockwise.state import TOGETHER
 
 Tensor = Any
 Variable = Any
@@ -30,6 +28,10 @@ Variable = Any
 # How many variables are worth a second call of a compiled function, which takes
 # a tenth of a millisecond and some microseconds for every variable.
 TWO_CALLS = 32
+# So many vectors of fewer numbers than `SHORT` are worth an operation that
+# joins them for the call.
+JOINED = 16
+SHORT = 4096
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -341,7 +343,7 @@ class FusedOptimizer(keras.optimizers.Optimizer):
             if not self._should_compile():
                 self._update(variables, gradients, *scalars)
                 return
-            joined = small_vectors(gradients) if self._in_graph_on_cpu() else []
+            joined = short_vectors(gradients) if self._in_graph_on_cpu() else []
             tensors = (join(gradients, joined), *scalars)
             key = (indices, id(first_variable), bool(joined))
             if key not in self._cache.functions:
@@ -423,8 +425,8 @@ class Cache:
         self.skipped_before: Any = None
 
 
-def small_vectors(tensors: Sequence[Tensor]) -> list[int]:
-    """The positions of the small vectors, if there are enough to join them.
+def short_vectors(tensors: Sequence[Tensor]) -> list[int]:
+    """The positions of the short vectors, if there are enough to join them.
 
     An argument of a compiled function takes as long as an operation. With one
     for all vectors, `model.fit` of a small transformer takes 2 to 4 % less.
@@ -433,10 +435,10 @@ def small_vectors(tensors: Sequence[Tensor]) -> list[int]:
         i
         for i, tensor in enumerate(tensors)
         if tensor.shape.rank == 1
-        and tensor.shape[0] < SMALL
+        and tensor.shape[0] < SHORT
         and tensor.dtype == tensors[0].dtype
     ]
-    return positions if len(positions) >= TOGETHER else []
+    return positions if len(positions) >= JOINED else []
 
 
 def join(tensors: Sequence[Tensor], positions: Sequence[int]) -> list[Tensor]:
