@@ -73,7 +73,7 @@ def mend(folder: Path) -> None:
     if weights.exists():
         try:
             make_model().load_weights(weights)
-        except Exception:
+        except (OSError, RuntimeError, KeyError):  # What h5py raises.
             if before.exists():
                 shutil.copy(before, weights)
             else:
