@@ -19,7 +19,7 @@ import tensorflow as tf
 import keras_blockwise as kb
 from benchmarks import report
 from benchmarks import timing
-from keras_blockwise.partition import Partition
+from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.reduction import Materialize
 from keras_blockwise.reduction import block_sum
 

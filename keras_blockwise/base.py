@@ -16,16 +16,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_blockwise.axes import Weight
-from keras_blockwise.blocking import Blocking
-from keras_blockwise.blocking import Row
-from keras_blockwise.blocking import Tile
+from keras_blockwise.blocking.axes import Weight
+from keras_blockwise.blocking.blocking import Blocking
+from keras_blockwise.blocking.blocking import Row
+from keras_blockwise.blocking.blocking import Tile
+from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.entries import EntryUpdate
 from keras_blockwise.execution import FusedOptimizer
 from keras_blockwise.execution import read
 from keras_blockwise.execution import scheduled_with
-from keras_blockwise.partition import Partition
-from keras_blockwise.partition import Shape
 from keras_blockwise.reshaping import join
 from keras_blockwise.reshaping import reshape
 from keras_blockwise.reshaping import take_apart

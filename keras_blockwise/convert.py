@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_blockwise.base import BlockwiseOptimizer
-from keras_blockwise.partition import Partition
+from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.state import State
 from keras_blockwise.state import accumulator_keys
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import keras
 
-from keras_blockwise import accumulators
-from keras_blockwise import momentum as momenta
+from keras_blockwise.algorithm import accumulators
+from keras_blockwise.algorithm import momentum as momenta
 from keras_blockwise.base import BlockwiseOptimizer
 from keras_blockwise.base import check_choice
 from keras_blockwise.base import check_fraction
 from keras_blockwise.base import check_non_negative
-from keras_blockwise.blocking import Blocking
-from keras_blockwise.blocking import Tile
+from keras_blockwise.blocking.blocking import Blocking
+from keras_blockwise.blocking.blocking import Tile
 from keras_blockwise.step import Rule
 
 

@@ -32,7 +32,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_blockwise.partition import Partition
+from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.reshaping import reshape
 
 Tensor = Any

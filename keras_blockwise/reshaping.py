@@ -7,7 +7,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_blockwise.partition import Shape
+from keras_blockwise.blocking.partition import Shape
 
 Tensor = Any
 

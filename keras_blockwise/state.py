@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_blockwise.axes import Weight
-from keras_blockwise.blocking import Row
-from keras_blockwise.partition import Partition
-from keras_blockwise.partition import Shape
+from keras_blockwise.blocking.axes import Weight
+from keras_blockwise.blocking.blocking import Row
+from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.step import Rule
 
 Variable = Any

@@ -27,12 +27,12 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_blockwise.accumulators import Accumulator
-from keras_blockwise.momentum import Momentum
-from keras_blockwise.momentum import Update
-from keras_blockwise.partition import Partition
-from keras_blockwise.partition import Shape
-from keras_blockwise.partition import joined_blocks
+from keras_blockwise.algorithm.accumulators import Accumulator
+from keras_blockwise.algorithm.momentum import Momentum
+from keras_blockwise.algorithm.momentum import Update
+from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.blocking.partition import Shape
+from keras_blockwise.blocking.partition import joined_blocks
 from keras_blockwise.reduction import Materialize
 from keras_blockwise.reduction import block_mean
 from keras_blockwise.reshaping import join

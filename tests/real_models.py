@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 import keras_blockwise as kb
-from keras_blockwise.schemes import SCHEMES
+from keras_blockwise.blocking.schemes import SCHEMES
 
 # Trained in this process and in another one, on one step each.
 SCRIPT = """

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_blockwise import accumulators
-from keras_blockwise import momentum
+from keras_blockwise.algorithm import accumulators
+from keras_blockwise.algorithm import momentum
 
 STEPS = range(1, 21)
 VALUES = np.exp(np.random.default_rng(0).normal(size=20))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import keras_blockwise as kb
-from keras_blockwise.layer_axes import REGISTERED
+from keras_blockwise.blocking.layer_axes import REGISTERED
 
 L = keras.layers
 UP, REVERSED, PLAIN = (4, 1, 4), (1, 4), (4, 1)

@@ -29,8 +29,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_blockwise.layer_axes import meanings_in
-from keras_blockwise.schemes import SCHEMES
+from keras_blockwise.blocking.layer_axes import meanings_in
+from keras_blockwise.blocking.schemes import SCHEMES
 
 L = keras.layers
 SIZES = {"oblong": (2, 3, 4), "square": (3, 3, 3)}

@@ -14,10 +14,10 @@ import keras
 import numpy as np
 import pytest
 
-from keras_blockwise.axes import Axes
-from keras_blockwise.axes import Weight
-from keras_blockwise.layer_axes import LAYER_AXES
-from keras_blockwise.layer_axes import meanings_in
+from keras_blockwise.blocking.axes import Axes
+from keras_blockwise.blocking.axes import Weight
+from keras_blockwise.blocking.layer_axes import LAYER_AXES
+from keras_blockwise.blocking.layer_axes import meanings_in
 
 L = keras.layers
 # Not public, but in a public application.

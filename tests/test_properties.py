@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import keras_blockwise as kb
-from keras_blockwise.partition import Partition
+from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.reduction import block_mean
 from keras_blockwise.reduction import block_sum
 from keras_blockwise.step import broadcastable

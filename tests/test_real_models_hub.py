@@ -8,7 +8,7 @@ from real_models import check_saving
 from real_models import check_steps
 from real_models import check_tiles
 
-from keras_blockwise.layer_axes import LAYER_AXES
+from keras_blockwise.blocking.layer_axes import LAYER_AXES
 
 TEXT = {
     "dropout": 0.0,  # So that the next loss is that of the same network.

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_blockwise as kb
 from keras_blockwise import execution
-from keras_blockwise.partition import Partition
+from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.reduction import LANES
 from keras_blockwise.reduction import LONGEST
 from keras_blockwise.reduction import MANY

@@ -11,7 +11,7 @@ import keras_blockwise as kb
 
 SOURCES = {
     path.stem: ast.parse(path.read_text())
-    for path in sorted(Path(kb.__file__).parent.glob("*.py"))
+    for path in sorted(Path(kb.__file__).parent.rglob("*.py"), reverse=True)
 }
 by_module = pytest.mark.parametrize("module", SOURCES)
 
@@ -34,7 +34,11 @@ def imported_names(module):
 def siblings(module):
     """The modules of the package that a module imports."""
     names = [name.split(".") for name in imported_names(module)]
-    return {name[1] for name in names if name[0] == "keras_blockwise"}
+    return {
+        name[-2] if name[-2] in SOURCES else name[-1]
+        for name in names
+        if name[0] == "keras_blockwise"
+    }
 
 
 def attributes(module):

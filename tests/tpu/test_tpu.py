@@ -19,7 +19,7 @@ from programs import OPTIMIZERS
 from programs import total
 
 import keras_blockwise as kb
-from keras_blockwise.schemes import SCHEMES
+from keras_blockwise.blocking.schemes import SCHEMES
 
 HOST_OPERATIONS = r" (infeed|outfeed|send|recv)(?:-start|-done)?\("
 # Notes of the compiler to itself: 64-bit integers are made of two of 32, the

@@ -25,9 +25,9 @@ from typing import Any
 
 import keras
 
-from keras_blockwise.axes import Axes
-from keras_blockwise.axes import Meaning
-from keras_blockwise.axes import Weight
+from keras_blockwise.blocking.axes import Axes
+from keras_blockwise.blocking.axes import Meaning
+from keras_blockwise.blocking.axes import Weight
 
 Layer = Any
 Variable = Any

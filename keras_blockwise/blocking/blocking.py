@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import keras
 
-from keras_blockwise.axes import Meaning
-from keras_blockwise.axes import Weight
-from keras_blockwise.inference import infer
-from keras_blockwise.layer_axes import meanings_in
-from keras_blockwise.partition import Partition
-from keras_blockwise.partition import Shape
-from keras_blockwise.schemes import GROUPS
-from keras_blockwise.schemes import SCHEMES
+from keras_blockwise.blocking.axes import Meaning
+from keras_blockwise.blocking.axes import Weight
+from keras_blockwise.blocking.inference import infer
+from keras_blockwise.blocking.layer_axes import meanings_in
+from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.blocking.partition import Shape
+from keras_blockwise.blocking.schemes import GROUPS
+from keras_blockwise.blocking.schemes import SCHEMES
 
 Tile = tuple[int | None, ...]
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from keras_blockwise.axes import Axes
-from keras_blockwise.axes import Meaning
-from keras_blockwise.axes import Weight
-from keras_blockwise.partition import Shape
+from keras_blockwise.blocking.axes import Axes
+from keras_blockwise.blocking.axes import Meaning
+from keras_blockwise.blocking.axes import Weight
+from keras_blockwise.blocking.partition import Shape
 
 # The kind of the weights that have one entry per unit, by name.
 VECTORS = {"alpha": "vector", "beta": "bias", "bias": "bias", "gamma": "norm"}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
-from keras_blockwise.accumulators import one_minus_power
+from keras_blockwise.algorithm.accumulators import one_minus_power
 
 Tensor = Any
 Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -6,8 +6,8 @@ A scheme is one entry of `SCHEMES`. It sees the shape of one variable and the
 
 from collections.abc import Callable
 
-from keras_blockwise.axes import Axes
-from keras_blockwise.partition import Shape
+from keras_blockwise.blocking.axes import Axes
+from keras_blockwise.blocking.partition import Shape
 
 
 def keep(axes: Shape, shape: Shape) -> Shape:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 from typing import NamedTuple
 
-from keras_blockwise.partition import Shape
+from keras_blockwise.blocking.partition import Shape
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The mathematics of a step, in pure functions of `keras.ops`."""

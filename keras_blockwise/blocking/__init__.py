@@ -1,0 +1,1 @@
+"""Which entries of a variable share one adaptive step size."""
