@@ -12,16 +12,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
-import keras_blockwise as kb
 from benchmarks import report
 from benchmarks import timing
+from keras_blockwise.algorithm.second_moment import squares
 from keras_blockwise.blocking.partition import Partition
-from keras_blockwise.reduction import Materialize
-from keras_blockwise.reduction import block_sum
+from keras_blockwise.execution import tensorflow
+from keras_blockwise.execution.plain import PlainKernels
 
 NUMBERS = 10_000_000
 # Shape and block: dense and convolution kernels, embeddings, odd ones.
@@ -41,10 +40,10 @@ CASES = (
 
 
 def sum_squares(
-    gradients: list[Any], partition: Partition, materialize: Materialize | None
+    gradients: list[Any], partition: Partition, kernels: PlainKernels
 ) -> list[Any]:
     return [
-        block_sum(tf.square(gradient), partition, materialize)
+        kernels.block_sums(squares, gradient, gradient, partition)
         for gradient in gradients
     ]
 
@@ -58,16 +57,14 @@ def make_sums(
         tf.constant(rng.standard_normal(partition.shape, np.float32))
         for _ in range(count)
     ]
-    optimizer = kb.BlockAdam(blocking="variable")
-    optimizer.build([keras.Variable(gradients[0])])
-    materializers = {"plain": None, "in parts": optimizer.materializer()}
+    kernels = {"plain": tensorflow.PLAIN, "in parts": tensorflow.FOR_CPU}
     return {
         name: tf.function(
-            partial(sum_squares, gradients, partition, materialize),
+            partial(sum_squares, gradients, partition, own),
             jit_compile=True,
             autograph=False,
         )
-        for name, materialize in materializers.items()
+        for name, own in kernels.items()
     }
 
 

@@ -3,13 +3,13 @@
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.layer_axes import register_layer_axes
 from keras_blockwise.blocking.partition import Partition
-from keras_blockwise.convert import convert_state
-from keras_blockwise.loading import all_or_nothing
 from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
 from keras_blockwise.optimizers import AdamMini
 from keras_blockwise.optimizers import BlockAdam
 from keras_blockwise.optimizers import BlockRMSprop
+from keras_blockwise.state.convert import convert_state
+from keras_blockwise.state.saving import all_or_nothing
 from keras_blockwise.summary import summary
 
 __version__ = "0.1.0"

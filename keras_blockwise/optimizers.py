@@ -7,13 +7,14 @@ import keras
 
 from keras_blockwise.algorithm import accumulators
 from keras_blockwise.algorithm import momentum as momenta
-from keras_blockwise.base import BlockwiseOptimizer
-from keras_blockwise.base import check_choice
-from keras_blockwise.base import check_fraction
-from keras_blockwise.base import check_non_negative
+from keras_blockwise.algorithm import second_moment as second_moments
+from keras_blockwise.algorithm.step import Rule
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.blocking import Tile
-from keras_blockwise.step import Rule
+from keras_blockwise.optimizer import BlockwiseOptimizer
+from keras_blockwise.validation import check_choice
+from keras_blockwise.validation import check_fraction
+from keras_blockwise.validation import check_non_negative
 
 
 @keras.saving.register_keras_serializable("keras_blockwise")
@@ -99,12 +100,16 @@ class BlockAdam(BlockwiseOptimizer):
         self.amsgrad = check_choice("amsgrad", amsgrad, (True, False))
 
     def rule(self) -> Rule:
+        if self.amsgrad:
+            second_moment = second_moments.largest_mean_of_squares()
+        else:
+            second_moment = second_moments.mean_of_squares()
         return Rule(
+            second_moment=second_moment,
             accumulator=accumulators.exponential(self.beta_2),
+            root=second_moments.epsilon_outside(self.epsilon),
             momentum=momenta.ema(self.beta_1),
             momentum_of_gradient=True,
-            epsilon=self.epsilon,
-            amsgrad=self.amsgrad,
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -204,7 +209,8 @@ class AdamMini(BlockAdam):
             self.blocking = self.blocking.with_scheme("adam_mini_short")
 
     def rule(self) -> Rule:
-        return replace(super().rule(), epsilon_added="corrected")
+        root = second_moments.epsilon_corrected(self.epsilon)
+        return replace(super().rule(), root=root)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "value": self.value}
@@ -317,10 +323,10 @@ class BAGM(BlockwiseOptimizer):
         else:
             momentum = momenta.heavy_ball(self.momentum)
         return Rule(
+            second_moment=second_moments.mean_of_squares(),
             accumulator=accumulator,
+            root=second_moments.epsilon_outside(self.epsilon),
             momentum=momentum,
-            momentum_of_gradient=False,
-            epsilon=self.epsilon,
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -398,12 +404,12 @@ class BAG(BlockwiseOptimizer):
 
     def rule(self) -> Rule:
         return Rule(
+            second_moment=second_moments.mean_of_squares(
+                self.initial_accumulator_value
+            ),
             accumulator=accumulators.cumulative(),
+            root=second_moments.epsilon_inside(self.epsilon),
             momentum=momenta.none(),
-            momentum_of_gradient=False,
-            epsilon=self.epsilon,
-            epsilon_added="inside",
-            initial_velocity=self.initial_accumulator_value,
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -497,13 +503,15 @@ class BlockRMSprop(BlockwiseOptimizer):
             momentum = momenta.heavy_ball(self.momentum)
         else:
             momentum = momenta.none()
+        if self.centered:
+            second_moment = second_moments.variance()
+        else:
+            second_moment = second_moments.mean_of_squares()
         return Rule(
+            second_moment=second_moment,
             accumulator=accumulators.uncorrected_exponential(self.rho),
+            root=second_moments.epsilon_inside(self.epsilon),
             momentum=momentum,
-            momentum_of_gradient=False,
-            epsilon=self.epsilon,
-            epsilon_added="inside",
-            centered=self.centered,
         )
 
     def get_config(self) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from keras_blockwise.base import BlockwiseOptimizer
 from keras_blockwise.blocking.axes import Weight
 from keras_blockwise.blocking.partition import Shape
-from keras_blockwise.state import ITEM_SIZES
+from keras_blockwise.optimizer import BlockwiseOptimizer
+from keras_blockwise.state.slots import ITEM_SIZES
 
 # As many lines as a person reads; more variables are folded by layer.
 MAX_LINES = 40

@@ -1,9 +1,9 @@
-"""Sums over blocks, formulated for the device.
+"""Sums over blocks: partial sums, which XLA makes fast on a CPU.
 
-A plain sum is right on a GPU and a TPU. XLA's code for a CPU adds one number
-after the other unless a sum has at most 32 terms, of which it makes several
-neighbouring ones at once. So on a CPU a sum is made of partial sums of at most
-32 terms; the product of rows with a vector of ones adds up those of a row.
+XLA's code for a CPU adds one number after the other unless a sum has at most 32
+terms, of which it computes several neighbouring ones at once. So a sum is made
+of partial sums of at most 32 terms; those of a row are added up by the product
+of a matrix with a vector of ones.
 
 Sums of squares in GB/s of float32 read, on two cores of an EPYC, by
 `python -m benchmarks.sums`:
@@ -22,66 +22,58 @@ Sums of squares in GB/s of float32 read, on two cores of an EPYC, by
 
 Other forms lost: a product of the whole gradient with ones takes as much memory
 as the gradient, adding up slices takes longer to compile and to run, and of
-three stages XLA joins the last two, which is ten times slower than a plain sum.
+three stages XLA fuses the last two, which is ten times slower than a plain sum.
 """
 
 import math
-from collections.abc import Callable
-from collections.abc import Sequence
 from typing import Any
 
 from keras import ops
 
+from keras_blockwise.algorithm.blocks import reshape
 from keras_blockwise.blocking.partition import Partition
-from keras_blockwise.reshaping import reshape
+from keras_blockwise.execution.xla_cpu.barriers import after
+from keras_blockwise.execution.xla_cpu.barriers import materialize
+from keras_blockwise.state.storage import SMALL
 
 Tensor = Any
-Materialize = Callable[[Tensor], Tensor]
 
-# The most terms of a sum that XLA makes fast on a CPU; how many neighbouring
-# sums it makes at once; how far apart, in numbers, the terms of one should be,
-# if they cannot be next to those; and how many numbers are worth partial sums.
-LONGEST = 32
+# The most terms of a sum for which XLA emits fast code.
+MOST_TERMS = 32
+# How many neighbouring sums it computes at once.
 LANES = 8
-FAR = 1024
-MANY = 4096
+# How many numbers should lie between the terms of a sum.
+DISTANCE = 1024
 
 
-def block_mean(
-    xs: Sequence[Tensor],
-    partitions: Sequence[Partition],
-    materialize: Materialize | None = None,
-) -> Tensor:
-    """Mean over each block; variables that share blocks count by their size.
+def read_along(g: Tensor, w: Tensor, p: Partition) -> Tensor:
+    """The gradient, scheduled by XLA when `w` is, next to the momentum.
 
-    Args:
-        xs: One tensor per variable.
-        partitions: The blocks of each variable.
-        materialize: Returns its argument, and keeps XLA from joining what
-            makes it with what takes it; `None` for plain sums.
+    XLA runs first what needs the first arguments only. It would make the sums
+    of all gradients and then all momenta, when the gradients have left the
+    cache.
     """
-    total = sum(block_sum(x, p, materialize) for x, p in zip(xs, partitions))
-    return total / max(sum(p.block_size for p in partitions), 1)
+    if p.block_size == 1 or math.prod(g.shape) <= SMALL:
+        return g
+    return after(w, g)
 
 
-def block_sum(
-    x: Tensor, p: Partition, materialize: Materialize | None = None
-) -> Tensor:
+def block_sum(x: Tensor, p: Partition) -> Tensor:
     """Sum over each block, of shape `accumulator_shape`."""
     size = math.prod(p.shape)
     shape, axes = p.view_shape, p.view_axes
     if p.group is not None:
         shape, axes = (size,), (0,)
     x = reshape(x, shape)
-    if not axes:  # An empty tuple would mean every axis on some backends.
+    if not axes:
         total = x
-    elif materialize is None or size < MANY:
+    elif size < SMALL:
         total = ops.sum(x, axis=axes)
     elif len(shape) == 2 and axes == (1,) and row_terms(shape[1]) > 1:
         total = row_sums(x)
     else:
         axis = max(axes, key=lambda axis: shape[axis])
-        parts = partial_sums(x, axis, materialize)
+        parts = partial_sums(x, axis)
         total = sum(ops.sum(part, axis=axes) for part in parts)
     return reshape(total, p.accumulator_shape)
 
@@ -96,13 +88,11 @@ def row_sums(x: Tensor) -> Tensor:
 
 def row_terms(n: int) -> int:
     """How many terms a partial sum of a row of `n` numbers has."""
-    most = min(LONGEST, n // LANES)
+    most = min(MOST_TERMS, n // LANES)
     return max((k for k in range(1, most + 1) if n % k == 0), default=1)
 
 
-def partial_sums(
-    x: Tensor, axis: int, materialize: Materialize
-) -> list[Tensor]:
+def partial_sums(x: Tensor, axis: int) -> list[Tensor]:
     """Tensors that have, all together, the sums of `x` along an axis."""
     before, n, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     width = math.prod(after)
@@ -124,16 +114,16 @@ def partial_sums(
 def terms_and_distance(n: int, width: int) -> tuple[int, int]:
     """How many of `n` rows a partial sum adds, and how far apart they are.
 
-    So that few rows are left over, and that so many sums are left that XLA does
-    not join theirs with them.
+    So that few rows are left over, and so many sums that XLA does not fuse the
+    sum of these with them.
     """
-    most = min(LONGEST, n // (LONGEST + LANES))
+    most = min(MOST_TERMS, n // (MOST_TERMS + LANES))
     if most < 2:
         return 1, 1
     if width <= 2 * LANES:
         return most, -(-LANES // width)
     # Powers of two: with others, XLA divides to find a number in 5 axes.
-    exponent = max(FAR // width, 1).bit_length() - 1
+    exponent = max(DISTANCE // width, 1).bit_length() - 1
     for terms in range(most, most // 2, -1):
         for distance in (2**i for i in range(exponent, -1, -1)):
             if n % (terms * distance) == 0:

@@ -7,10 +7,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_blockwise.base import BlockwiseOptimizer
 from keras_blockwise.blocking.partition import Partition
-from keras_blockwise.state import State
-from keras_blockwise.state import accumulator_keys
+from keras_blockwise.state.slots import accumulator_keys
+from keras_blockwise.state.storage import Storage
 
 Variable = Any
 Array = Any
@@ -20,7 +19,7 @@ Values = dict[str, dict[int, Array]]
 
 
 def convert_state(
-    source: keras.optimizers.Optimizer, target: BlockwiseOptimizer
+    source: keras.optimizers.Optimizer, target: keras.optimizers.Optimizer
 ) -> None:
     """Copies the state of one optimizer into another with other blocks.
 
@@ -57,11 +56,9 @@ def convert_state(
                 f"`{name}.build(model.trainable_variables)` first. Received: "
                 f"{name}={optimizer!r}."
             )
-    if not isinstance(target, BlockwiseOptimizer) or target.state_family != (
-        "adam"
-        if isinstance(source, keras.optimizers.Adam)
-        else getattr(source, "state_family", None)
-    ):
+    family = "adam" if isinstance(source, keras.optimizers.Adam) else None
+    family = getattr(source, "state_family", family)
+    if family is None or getattr(target, "state_family", None) != family:
         raise TypeError(
             "`target` must be a `BlockAdam` for a `source` that is one or is "
             "`keras.optimizers.Adam`, else an optimizer of the same class. "
@@ -69,7 +66,6 @@ def convert_state(
             f"target={type(target).__name__}."
         )
     state = target.block_state
-    names = state.values_by_weight().keys()
     steps = [o.gradient_accumulation_steps or 1 for o in (source, target)]
     if steps[0] != steps[1]:  # The count of steps would mean another number.
         raise ValueError(
@@ -77,38 +73,47 @@ def convert_state(
             f"`gradient_accumulation_steps`. Received: {steps[0]} in source "
             f"and {steps[1]} in target."
         )
-    if isinstance(source, BlockwiseOptimizer):
-        old = source.block_state
-        check_same(
-            with_shapes(state.paths, state.variables),
-            with_shapes(old.paths, old.variables),
-        )
-        values = old.values_by_weight()
-        old_partitions = source.partitions
-    else:
-        values = values_of_adam(source, state)
-        old_partitions = tuple(
-            p and Partition(p.shape, (1,) * len(p.shape))
-            for p in state.partitions
-        )
-    if values.keys() != names:
-        raise ValueError(
-            "`source` and `target` must have the same kinds of state. "
-            f"Received: {sorted(values)} in source and {sorted(names)} in "
-            "target."
-        )
+    values, old_partitions = values_of(source, state)
     check_nesting(state.paths, old_partitions, state.partitions)
-    for name in state.rule.statistics:
-        values[name] = block_means(
-            values[name], old_partitions, state.partitions
-        )
+    for name in state.rule.second_moment.statistics:
+        values[name] = to_blocks(values[name], old_partitions, state.partitions)
     assignments = counters(source, target)
     state.assign([values[slot.name][slot.index] for slot in state.slots])
     for variable, value in assignments:
         variable.assign(value)
 
 
-def values_of_adam(source: keras.optimizers.Optimizer, state: State) -> Values:
+def values_of(
+    source: keras.optimizers.Optimizer, state: Storage
+) -> tuple[Values, Sequence[Partition | None]]:
+    """The state of `source`, and its blocks, for the variables of `state`."""
+    if hasattr(source, "state_family"):
+        old = source.block_state
+        check_same(
+            with_shapes(state.paths, state.variables),
+            with_shapes(old.paths, old.variables),
+        )
+        values = old.values_by_weight()
+        old_partitions = old.partitions
+    else:
+        values = values_of_adam(source, state)
+        old_partitions = tuple(
+            p and Partition(p.shape, (1,) * len(p.shape))
+            for p in state.partitions
+        )
+    names = state.values_by_weight().keys()
+    if values.keys() != names:
+        raise ValueError(
+            "`source` and `target` must have the same kinds of state. "
+            f"Received: {sorted(values)} in source and {sorted(names)} in "
+            "target."
+        )
+    return values, old_partitions
+
+
+def values_of_adam(
+    source: keras.optimizers.Optimizer, state: Storage
+) -> Values:
     """The state of Keras's Adam, by the names that Keras gives it."""
     values: Values = {}
     indices = [i for i, p in enumerate(state.partitions) if p is not None]
@@ -171,7 +176,7 @@ def sharers_of(
     return [{j for j, k in enumerate(keys) if k == key} for key in keys]
 
 
-def block_means(
+def to_blocks(
     values: dict[int, Array],
     old: Sequence[Partition | None],
     new: Sequence[Partition | None],
@@ -195,7 +200,7 @@ def block_means(
 
 
 def counters(
-    source: keras.optimizers.Optimizer, target: BlockwiseOptimizer
+    source: keras.optimizers.Optimizer, target: keras.optimizers.Optimizer
 ) -> list[tuple[Variable, Array]]:
     """Keras's own variables that both have, but for the learning rate."""
     kinds = ("iteration", "skipped_steps", "_average", "_gradient_accumulator")

@@ -1,0 +1,136 @@
+"""What a step is applied to, and what it computes from that.
+
+One variable, a group that shares an accumulator, and many small variables whose
+state is kept together: to the step, all of them are units of the same kind. The
+fields are places in memory (see `state.storage`), or the values read there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+
+from keras_blockwise.algorithm.blocks import reshape
+from keras_blockwise.algorithm.blocks import split
+from keras_blockwise.algorithm.blocks import spread
+from keras_blockwise.algorithm.second_moment import Tensors
+from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.blocking.partition import Shape
+
+Tensor = Any
+
+
+class Group(NamedTuple):
+    """Variables that share one accumulator; most often a single one.
+
+    Args:
+        positions: Where their gradients are in the list of gradients.
+        partitions: Their blocks.
+    """
+
+    positions: tuple[int, ...]
+    partitions: tuple[Partition, ...]
+
+    @property
+    def accumulator_shape(self) -> Shape:
+        return self.partitions[0].accumulator_shape
+
+
+class Accumulators(NamedTuple):
+    """Accumulators that are kept together: a vector, if there are several.
+
+    Args:
+        dtype: What is computed in: float32 or wider, since in bfloat16 a
+            `beta_2` of 0.999 is 1.
+        groups: What each is an accumulator of.
+        statistics: The statistics of all of them, in the order of the rule.
+    """
+
+    dtype: str
+    groups: tuple[Group, ...]
+    statistics: tuple[Any, ...]
+
+
+class Weights(NamedTuple):
+    """Variables whose momentum is kept together, as one vector if several.
+
+    Args:
+        dtype: As in `Accumulators`.
+        positions: Where their gradients are in the list of gradients.
+        partitions: Their blocks.
+        weight_decay: Their decoupled weight decay, of each entry if it differs.
+        variables: The variables; their values are joined.
+        momentum: Their momentum; empty if the rule has none.
+    """
+
+    dtype: str
+    positions: tuple[int, ...]
+    partitions: tuple[Partition, ...]
+    weight_decay: float | np.ndarray
+    variables: tuple[Any, ...]
+    momentum: tuple[Any, ...]
+
+
+class Batch(NamedTuple):
+    """The variables of a step, with all of their state."""
+
+    accumulators: list[Accumulators]
+    weights: list[Weights]
+
+
+class BlockUpdate(NamedTuple):
+    """What is computed once per block.
+
+    Args:
+        function: `(means, *statistics) -> (step_size, *new_statistics)`.
+        averaged: `g -> means`, if every entry of `g` is a block.
+        groups: As in `Accumulators`.
+        means: The means over each block.
+        statistics: The values before the step.
+    """
+
+    function: Callable[..., Tensors]
+    averaged: Callable[[Tensor], Tensors]
+    groups: tuple[Group, ...]
+    means: Tensors
+    statistics: Tensors
+
+    def by_position(self, step_size: Tensor) -> dict[int, Tensor]:
+        """The step sizes of each variable, by the position of its gradient."""
+        shapes = [group.accumulator_shape for group in self.groups]
+        return {
+            position: value
+            for group, value in zip(self.groups, split(step_size, shapes))
+            for position in group.positions
+        }
+
+
+class EntryUpdate(NamedTuple):
+    """What is computed once per entry, of all entries or of some of them.
+
+    Args:
+        function: `(step_size, gradient, *values) -> new_values`.
+        dtype: As in `Weights`.
+        positions: As in `Weights`.
+        partitions: As in `Weights`.
+        gradient: The gradients, joined.
+        values: Weights, and momentum if the rule has one, before the step.
+        momentum_of_gradient: Whether the new momentum needs no step size.
+    """
+
+    function: Callable[..., Tensors]
+    dtype: str
+    positions: tuple[int, ...]
+    partitions: tuple[Partition, ...]
+    gradient: Tensor
+    values: Tensors
+    momentum_of_gradient: bool
+
+    def arguments(self, step_sizes: dict[int, Tensor]) -> Tensors:
+        """Those of `function`, in shapes that broadcast to each other."""
+        shape, step_size = spread(
+            [step_sizes[p] for p in self.positions], self.partitions
+        )
+        entries = (self.gradient, *self.values)
+        return step_size, *(reshape(x, shape) for x in entries)

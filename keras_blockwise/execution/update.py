@@ -1,0 +1,93 @@
+"""Reads the variables, takes the step, and writes the result."""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+from keras_blockwise.algorithm.blocks import join
+from keras_blockwise.algorithm.blocks import split
+from keras_blockwise.algorithm.step import Kernels
+from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.algorithm.step import step
+from keras_blockwise.algorithm.units import Batch
+from keras_blockwise.state.storage import Part
+
+Tensor = Any
+Variable = Any
+Read = Callable[[Variable], Tensor]
+Assign = Callable[[Variable, Tensor], None]
+
+
+def update(
+    rule: Rule,
+    batch: Batch,
+    gradients: Sequence[Tensor],
+    learning_rate: Tensor,
+    iterations: Tensor,
+    *,
+    kernels: Kernels,
+    read: Read,
+    assign: Assign,
+    skip_nonfinite: bool,
+) -> Tensor:
+    """Updates variables, and the state that belongs to them, in place.
+
+    Args:
+        rule: The optimizer.
+        batch: The variables, and where their state is.
+        gradients: One dense tensor per variable.
+        learning_rate: Scalar.
+        iterations: Scalar, 0 on the first step.
+        kernels: As in `step`.
+        read: What a variable is now.
+        assign: Gives a variable a new value.
+        skip_nonfinite: As in `step`.
+
+    Returns:
+        Whether the step was taken: a boolean scalar.
+    """
+    statistics, entries, taken = step(
+        rule,
+        values_of(batch, read),
+        gradients,
+        learning_rate,
+        iterations,
+        kernels,
+        skip_nonfinite,
+    )
+
+    def write(part: Part, value: Tensor) -> None:
+        assign(part.variable, part.with_value(value, read))
+
+    for accumulators, new in zip(batch.accumulators, statistics):
+        for part, value in zip(accumulators.statistics, new):
+            write(part, value)
+    for weights, (w, *momentum) in zip(batch.weights, entries):
+        shapes = [partition.shape for partition in weights.partitions]
+        for variable, value in zip(weights.variables, split(w, shapes)):
+            assign(variable, value)
+        for part, value in zip(weights.momentum, momentum):
+            write(part, value)
+    return taken
+
+
+def values_of(batch: Batch, read: Read) -> Batch:
+    """The values of all variables, read in the order in which to use them."""
+    unit_at = {
+        position: k
+        for k, unit in enumerate(batch.accumulators)
+        for group in unit.groups
+        for position in group.positions
+    }
+    accumulators = {}
+    weights = []
+    for unit in batch.weights:
+        for k in dict.fromkeys(unit_at[p] for p in unit.positions):
+            if k not in accumulators:
+                own = batch.accumulators[k]
+                values = tuple(part.value(read) for part in own.statistics)
+                accumulators[k] = own._replace(statistics=values)
+        w = join([read(variable) for variable in unit.variables])
+        momentum = tuple(part.value(read) for part in unit.momentum)
+        weights.append(unit._replace(variables=(w,), momentum=momentum))
+    return Batch([accumulators[k] for k in sorted(accumulators)], weights)

@@ -1,0 +1,287 @@
+"""Passes over the entries of variables: whole and in place, or row by row.
+
+XLA's code for a CPU makes one loop over memory for every array that it writes,
+and copies an array of which it needs the old values afterwards.
+"""
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import tensorflow as tf
+from keras import ops
+from tensorflow.compiler.tf2xla.python import xla
+
+from keras_blockwise.algorithm.second_moment import Tensors
+from keras_blockwise.algorithm.units import BlockUpdate
+from keras_blockwise.algorithm.units import EntryUpdate
+from keras_blockwise.execution.xla_cpu.barriers import after
+
+Tensor = Any
+
+# A row has at least so many entries: each costs the start of some kernels.
+SHORTEST = 2**13
+# At most so many, which stay in the cache until the next loop reads them.
+LONGEST = 2**15
+# Variables of fewer entries are not cut.
+LARGE = 2**18
+# XLA runs loops side by side on so many cores.
+MOST_CORES = 4
+# So many loops at least for each core: one takes over some that are left while
+# there are more than eight.
+PER_CORE = 8
+
+
+class Pass(NamedTuple):
+    """New values of variables that take one entry at a time.
+
+    Args:
+        function: Takes entries of `inputs` and of `values`, and returns the new
+            entries of each variable. They do not depend on variables that stand
+            before it.
+        inputs: Tensors of the shape of the variables, or with ones in it; the
+            gradient is the last.
+        values: Tensors of one shape, what the variables are now.
+        in_rows: Whether the pass can be cut into rows, and more than the first
+            variable needs all of the inputs, so that this spares memory
+            traffic.
+    """
+
+    function: Callable[..., Sequence[Tensor]]
+    inputs: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    in_rows: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values[0].shape)
+
+    @property
+    def size(self) -> int:
+        """How many entries the variables have."""
+        return math.prod(self.shape)
+
+
+def run(
+    blocks: Sequence[BlockUpdate], entries: Sequence[EntryUpdate], cores: int
+) -> tuple[list[Tensors], list[Tensors]]:
+    """The new statistics of each unit, and the new entries of each unit."""
+    entry_at = {
+        position: k
+        for k, entry in enumerate(entries)
+        for position in entry.positions
+    }
+    statistics: list[Tensors] = []
+    step_sizes: dict[int, Tensor] = {}
+    fused: dict[int, int] = {}
+    for k, block in enumerate(blocks):
+        other = entry_at[block.groups[0].positions[0]]
+        if is_of_entries(block, entries[other]):
+            fused[other] = k
+            statistics.append(())
+            continue
+        step_size, *new = block.function(block.means, *block.statistics)
+        step_sizes |= block.by_position(step_size)
+        statistics.append(tuple(new))
+    passes = [
+        fused_pass(blocks[fused[i]], entry)
+        if i in fused
+        else pass_of(entry, step_sizes)
+        for i, entry in enumerate(entries)
+    ]
+    values = new_values(passes, cores)
+    for i, k in fused.items():
+        count = len(entries[i].values)
+        statistics[k] = tuple(values[i][count:][::-1])
+        values[i] = values[i][:count]
+    return statistics, [tuple(new) for new in values]
+
+
+def is_of_entries(block: BlockUpdate, entry: EntryUpdate) -> bool:
+    """Whether every entry of one variable is a block, all kept by itself."""
+    (group, *others), partition = block.groups, entry.partitions[0]
+    return (
+        not others
+        and group.positions == entry.positions
+        and partition.group is None
+        and partition.block_size == 1
+    )
+
+
+def pass_of(entry: EntryUpdate, step_sizes: dict[int, Tensor]) -> Pass:
+    step_size, g, *values = entry.arguments(step_sizes)
+    return Pass(
+        entry.function,
+        (step_size, g),
+        tuple(values),
+        can_be_cut(entry, values)
+        and len(values) > 1
+        and not entry.momentum_of_gradient,
+    )
+
+
+def fused_pass(block: BlockUpdate, entry: EntryUpdate) -> Pass:
+    """The update of blocks of one entry in the pass over these entries.
+
+    Otherwise XLA would write the step sizes of all entries to memory. The
+    statistics come last, the last of them first, as each depends on those
+    before it at most.
+    """
+    count = len(entry.values)
+
+    def function(g: Tensor, *values: Tensor) -> list[Tensor]:
+        means = block.averaged(g)
+        old = values[count:][::-1]
+        step_size, *new = block.function(means, *old)
+        # A quotient next to a product would be reordered by TensorFlow.
+        step_size = ops.reshape(step_size, g.shape)
+        return [*entry.function(step_size, g, *values[:count]), *new[::-1]]
+
+    values = (*entry.values, *block.statistics[::-1])
+    return Pass(function, (entry.gradient,), values, can_be_cut(entry, values))
+
+
+def can_be_cut(entry: EntryUpdate, values: Sequence[Tensor]) -> bool:
+    """Whether rows can be updated: of several, the weight decay may differ.
+
+    And XLA would copy all of a variable that is stored in 16 bits.
+    """
+    return len(entry.positions) == 1 and all(
+        value.dtype == entry.dtype for value in values
+    )
+
+
+def new_values(passes: Sequence[Pass], cores: int) -> list[list[Tensor]]:
+    """What the variables of each pass are to be."""
+    rows = rows_of_each(passes, cores)
+    new: list[list[Tensor]] = []
+    loops = []
+    for i, one in enumerate(passes):
+        if i in rows:
+            values, state = new_values_in_rows(one, rows[i])
+            loops.append(state)
+        else:
+            values = new_values_in_place(one)
+        new.append(values)
+    if loops:
+        last = new[smallest(passes)]
+        last[0] = after(tf.add_n(loops), last[0])
+    return new
+
+
+def merging_axes(one: Pass) -> int:
+    """How many of the first axes can be one for every tensor.
+
+    Along all of them an input has one entry, or as many as the variables.
+    """
+    spans = None
+    for axis, n in enumerate(one.shape):
+        here = [x.shape[axis] == n for x in one.inputs]
+        if n > 1 and here != (spans := spans or here):
+            return axis
+    return len(one.shape)
+
+
+def rows_of(one: Pass) -> int:
+    """How many rows to cut variables into; 1 where that is of no use."""
+    if not one.in_rows or one.size < LARGE:
+        return 1
+    along = math.prod(one.shape[: merging_axes(one)])
+    few, many = -(-one.size // LONGEST), one.size // SHORTEST
+    return next((n for n in range(few, many + 1) if along % n == 0), 1)
+
+
+def smallest(passes: Sequence[Pass]) -> int:
+    """The position of the smallest pass."""
+    return min(range(len(passes)), key=lambda i: passes[i].size)
+
+
+def rows_of_each(passes: Sequence[Pass], cores: int) -> dict[int, int]:
+    """How many rows each has, by position, of those that are to be cut.
+
+    The smallest is not: it comes after the others.
+    """
+    cores = min(cores, MOST_CORES)
+    # The loop of a larger one would go on when all others have ended.
+    most = sum(one.size for one in passes) / cores
+    last = smallest(passes)
+    rows = {
+        i: rows_of(one)
+        for i, one in enumerate(passes)
+        if i != last and one.size <= most
+    }
+    rows = {i: n for i, n in rows.items() if n > 1}
+    return rows if len(rows) >= PER_CORE * cores else {}
+
+
+def new_values_in_place(one: Pass) -> list[Tensor]:
+    """The new values of the variables, none of which needs other memory.
+
+    XLA would make a copy of a momentum in 16 bits, which the weights need as it
+    was before; and if every entry is a block, it would write the scaled
+    gradient, which weights and momentum need, and read it twice. So each
+    variable comes after those before it.
+    """
+    (*inputs, gradient), values = one.inputs, one.values
+    wide = all(value.dtype.size > 2 for value in values)
+    if len(values) < 3 and wide:
+        return list(one.function(*one.inputs, *values))
+    new = []
+    for i, value in enumerate(values):
+        computed = one.function(*inputs, gradient, *values)[i]
+        new.append(tf.cast(computed, value.dtype))
+        gradient = after(new[i], gradient)
+    return new
+
+
+def new_values_in_rows(one: Pass, rows: int) -> tuple[list[Tensor], Tensor]:
+    """The new values of the variables, made row by row, and a number.
+
+    XLA runs loops side by side if none writes to the memory of another. So this
+    one has all that it computes in its state, and the number is made of that:
+    if it is read after all loops, the memory is no other's before.
+    """
+    inputs = [cut(x, rows, one) for x in one.inputs]
+    values = [cut(v, rows, one) for v in one.values]
+
+    def update_row(row: Tensor, _: Tensor, __: Tensor, values: Any) -> Any:
+        index, values = tf.cast(row, tf.int32), list(values)
+        entries = [at(x, index) for x in (*inputs, *values)]
+        for i, value in enumerate(values):
+            values[i] = xla.dynamic_update_slice(
+                value,
+                one.function(*entries)[i],
+                [index] + [0] * (value.shape.rank - 1),
+            )
+            written = at(values[i], index)
+            if i + 1 < len(values):
+                # XLA writes in place what nobody reads afterwards.
+                index = after(written, index)
+                entries[len(inputs) + i + 1] = at(values[i + 1], index)
+        # A quotient, since XLA would make a sum twice, and the row a copy.
+        following = (row + 1) / after(written, tf.ones_like(row))
+        return following, following, following < rows, values
+
+    start = tf.constant(0.0), tf.constant(-1.0), tf.constant(True)
+    row, following, more, values = tf.while_loop(
+        lambda row, _, more, values: more, update_row, (*start, values)
+    )
+    return list(values), row + following + tf.cast(more, row.dtype)
+
+
+def cut(tensor: Tensor, rows: int, one: Pass) -> Tensor:
+    """Rows of a tensor; one, if it has one entry along the axes to be cut."""
+    axes = merging_axes(one)
+    n = math.prod(tensor.shape[:axes])
+    first = (rows, n // rows) if n > 1 else (1, 1)
+    return tf.reshape(tensor, (*first, *tensor.shape[axes:]))
+
+
+def at(tensor: Tensor, row: Tensor) -> Tensor:
+    """A row of a tensor, or all of it if it has one."""
+    if tensor.shape[0] == 1:
+        return tensor
+    # It keeps the axis, and XLA writes back a row of the same shape in place.
+    return tf.gather(tensor, [row])

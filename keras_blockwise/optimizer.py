@@ -1,0 +1,200 @@
+"""The base class of every optimizer: arguments, blocks, configuration."""
+
+import dataclasses
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.blocking.blocking import Blocking
+from keras_blockwise.blocking.blocking import Row
+from keras_blockwise.blocking.blocking import Tile
+from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.execution import Execution
+from keras_blockwise.state import saving
+from keras_blockwise.state.slots import ITEM_SIZES
+from keras_blockwise.state.slots import Slot
+from keras_blockwise.state.slots import plan_slots
+from keras_blockwise.state.storage import Storage
+from keras_blockwise.validation import check_choice
+from keras_blockwise.validation import check_learning_rate
+
+Variable = Any
+
+
+class BlockwiseOptimizer(Execution):
+    """Base class of the optimizers with one adaptive step size per block.
+
+    A subclass says in `rule` how the step is made, and has no arithmetic.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use.
+        blocking: A scheme, a tuple or a `Blocking`; see `Blocking`.
+        momentum_dtype: The dtype of the momentum. Defaults to that of the
+            variable.
+        jit_compile: Boolean or `"auto"`. Whether to compile the update with
+            XLA. `"auto"` does so wherever the device can.
+        skip_nonfinite: Boolean. Whether to leave out a step whose gradient has
+            an infinity or a NaN; see `BlockAdam`.
+        **kwargs: As in `keras.optimizers.Optimizer`.
+    """
+
+    # Optimizers of one family have the same state, up to its blocks.
+    state_family: str = ""
+    # Kinds of variables (see `Axes`) that `weight_decay` leaves alone.
+    undecayed_kinds: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        learning_rate: Any,
+        *,
+        blocking: str | Tile | Blocking,
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        skip_nonfinite: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_choice("skip_nonfinite", skip_nonfinite, (True, False))
+        check_choice("jit_compile", jit_compile, (True, False, "auto"))
+        check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
+        super().__init__(
+            check_learning_rate(learning_rate),
+            jit_compile,
+            skip_nonfinite,
+            **kwargs,
+        )
+        if not isinstance(blocking, Blocking):
+            blocking = Blocking(blocking)
+        self.blocking = blocking
+        self.momentum_dtype = momentum_dtype
+        self._storage: Storage | None = None
+
+    def rule(self) -> Rule:
+        """How the step is made from the arguments of the constructor."""
+        raise NotImplementedError
+
+    @property
+    def partitions(self) -> tuple[Partition | None, ...]:
+        """The blocks of each variable, in the order given to `build`.
+
+        `None` stands for a variable that has no update, such as the scales of
+        a float8 layer.
+        """
+        return self.block_state.partitions
+
+    @property
+    def block_state(self) -> Storage:
+        """The blocks and the state variables that belong to them."""
+        if self._storage is None:
+            raise ValueError(
+                f"{type(self).__name__} must be built before it has blocks. "
+                "Call `optimizer.build(model.trainable_variables)` first."
+            )
+        return self._storage
+
+    def build(self, variables: Sequence[Variable]) -> None:
+        """Chooses the blocks and creates the state of the optimizer.
+
+        Args:
+            variables: The trainable variables.
+
+        Raises:
+            ValueError: If the blocking does not fit the variables, or a
+                checkpoint that the optimizer was restored from.
+        """
+        if self.built:
+            return
+        rows, slots = self.plan(variables)
+        if self.restored_layout is not None:
+            planned = saving.planned_layout(self, variables, slots)
+            saving.check_layout(planned, self.restored_layout)
+        super().build(variables)
+        self._storage = Storage(
+            self.rule(), variables, rows, slots, self.add_slot
+        )
+
+    def plan(
+        self, variables: Sequence[Variable]
+    ) -> tuple[list[Row | None], list[Slot]]:
+        """What `build` would do: the blocks and the slots.
+
+        Args:
+            variables: The trainable variables.
+
+        Returns:
+            What the blocking says of each variable, `None` for one without an
+            update, and the slots in saved order.
+        """
+        updated = [v for v in variables if not self.has_no_update(v)]
+        resolved = iter(self.blocking.resolve(updated))
+        rows = [
+            None if self.has_no_update(v) else next(resolved) for v in variables
+        ]
+        slots = plan_slots(
+            self.rule(),
+            [keras.backend.standardize_dtype(v.dtype) for v in variables],
+            [row and row.partition for row in rows],
+            self.momentum_dtype,
+            [self.is_sharded(v) for v in variables],
+        )
+        return rows, slots
+
+    def planned(
+        self, variables: Sequence[Variable] | None
+    ) -> tuple[Sequence[Variable], Sequence[Row | None], Sequence[Slot]]:
+        """Variables, rows and slots as built, or as they would be built.
+
+        Args:
+            variables: The trainable variables; may be `None` if built.
+        """
+        if self._storage is None and variables is not None:
+            return variables, *self.plan(variables)
+        state = self.block_state
+        return state.variables, state.rows, state.slots
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor and the blocks, as plain data."""
+        blocking = self.blocking
+        if self._storage is not None:
+            table = tuple(row for row in self._storage.rows if row)
+            blocking = dataclasses.replace(blocking, table=table)
+        return {
+            **super().get_config(),
+            "blocking": blocking.get_config(),
+            "momentum_dtype": self.momentum_dtype,
+            "jit_compile": self.jit_compile,
+            "skip_nonfinite": self.skip_nonfinite,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], custom_objects: Any = None
+    ) -> "BlockwiseOptimizer":
+        config = dict(config)
+        if isinstance(config.get("blocking"), Mapping):
+            config["blocking"] = Blocking.from_config(config["blocking"])
+        optimizer: BlockwiseOptimizer
+        optimizer = super().from_config(config, custom_objects)
+        return optimizer
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the state, each slot by itself, and the name of each."""
+        saving.save(self, store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads a saved state, once all of it is known to fit.
+
+        Raises:
+            ValueError: If the state is that of another optimizer, another
+                blocking or other variables. None of it has been loaded then.
+        """
+        saved = {key: store[key] for key in store.keys()}
+        if self.built and saved:
+            saving.load(self, saved)
+        else:  # Warns if it has to skip some.
+            saved.pop("names", None)
+            super().load_own_variables(saved)

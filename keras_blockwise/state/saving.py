@@ -1,0 +1,239 @@
+"""Saving and loading: everything is checked before anything is assigned."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from keras_blockwise.blocking.axes import Weight
+from keras_blockwise.blocking.partition import Shape
+from keras_blockwise.state.slots import Slot
+from keras_blockwise.state.storage import slot_name
+
+Variable = Any
+Optimizer = Any
+
+# Kinds of the variables that an optimizer has before it is built.
+INITIAL = {"iteration", "learning_rate", "skipped_steps"}
+REMEDY = (
+    "None of it was loaded. Compile the model with the optimizer and the "
+    "blocking that were saved, or load the weights without the optimizer."
+)
+
+
+class Entry(NamedTuple):
+    """A variable of an optimizer, as it is known in a saved state.
+
+    Args:
+        name: Its name.
+        kind: What tells it from others: which slot of which weight.
+        shape: Its shape.
+    """
+
+    name: str
+    kind: str
+    shape: Shape
+
+
+def save(optimizer: Optimizer, store: Any) -> None:
+    """Saves the state, each slot by itself, and the name of each."""
+    base = (variable.numpy() for variable in base_variables(optimizer))
+    slots = optimizer.block_state.values() if optimizer.built else ()
+    for i, value in enumerate(itertools.chain(base, slots)):
+        store[str(i)] = value
+    # Keras saves by position alone; names make a mix-up detectable.
+    kinds = [entry.kind for entry in layout_of(optimizer)]
+    names = json.dumps([type(optimizer).__name__, *kinds])
+    store["names"] = np.frombuffer(names.encode(), np.uint8)
+
+
+def load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Loads what `save` has saved from a built optimizer.
+
+    Raises:
+        ValueError: If the state is that of another optimizer, another
+            blocking or other variables. None of it has been loaded then.
+    """
+    names = saved.pop("names", None)
+    name, *kinds = ["another optimizer"] if names is None else decode(names)
+    check_class(optimizer, name)
+    values = [saved[str(i)] for i in range(len(kinds))]
+    layout = layout_of(optimizer)
+    check_layout(
+        layout, [(k, tuple(value.shape)) for k, value in zip(kinds, values)]
+    )
+    # Fewer than there are, if saved before the first step.
+    variables = [
+        variable
+        for variable, entry in zip(base_variables(optimizer), layout)
+        if entry.kind in kinds
+    ]
+    for variable, value in zip(variables, values):
+        variable.assign(value)
+    if len(values) > len(variables):
+        optimizer.block_state.assign(values[len(variables) :])
+
+
+def describe(optimizer: Optimizer) -> str:
+    """What a checkpoint by position says of the state beside it."""
+    layout = [(entry.kind, entry.shape) for entry in layout_of(optimizer)]
+    return json.dumps([type(optimizer).__name__, layout])
+
+
+def check_description(
+    optimizer: Optimizer, description: str
+) -> list[tuple[str, Shape]]:
+    """Raises an error if the state of a checkpoint does not fit.
+
+    Args:
+        optimizer: The optimizer that is to be restored.
+        description: What `describe` returned for the one that was saved.
+
+    Returns:
+        Kind and shape of each variable that was saved.
+    """
+    name, layout = json.loads(description)
+    check_class(optimizer, name)
+    received = [(kind, tuple(shape)) for kind, shape in layout]
+    if optimizer.built:
+        check_layout(layout_of(optimizer), received)
+    return received
+
+
+def base_variables(optimizer: Optimizer) -> list[Variable]:
+    """The variables of Keras's own base class, and `skipped_steps`."""
+    slots = optimizer.block_state.slot_variables if optimizer.built else ()
+    own = {id(variable) for variable in slots}
+    return [v for v in optimizer.variables if id(v) not in own]
+
+
+def layout_of(optimizer: Optimizer) -> list[Entry]:
+    """What the optimizer saves, in order."""
+    layout = [
+        Entry(v.name, base_kind(v.name), tuple(v.shape))
+        for v in base_variables(optimizer)
+    ]
+    if not optimizer.built:
+        return layout
+    state = optimizer.block_state
+    return layout + slot_entries(state.variables, state.slots)
+
+
+def planned_layout(
+    optimizer: Optimizer, variables: Sequence[Variable], slots: Sequence[Slot]
+) -> list[Entry]:
+    """What `layout_of` will be when `build` is done."""
+    weights = [Weight.of(variable) for variable in variables]
+    base = []
+    if optimizer.use_ema:
+        base += [
+            (weight, "average")
+            for weight, variable in zip(weights, variables)
+            if not optimizer.has_no_update(variable)
+        ]
+    if optimizer.gradient_accumulation_steps:
+        base += [(weight, "gradient_accumulator") for weight in weights]
+    return [
+        *layout_of(optimizer),
+        *(Entry(f"{w.path}_{kind}", kind, w.shape) for w, kind in base),
+        *slot_entries(variables, slots),
+    ]
+
+
+def slot_entries(
+    variables: Sequence[Variable], slots: Sequence[Slot]
+) -> list[Entry]:
+    """The slots as they are known in a saved state."""
+    weights = [Weight.of(variable) for variable in variables]
+    return [
+        Entry(
+            slot_name(weights[slot.index], slot),
+            f"{weights[slot.index].name}/{slot.name}",
+            slot.shape,
+        )
+        for slot in slots
+    ]
+
+
+def check_class(optimizer: Optimizer, name: str) -> None:
+    own_name = type(optimizer).__name__
+    if name != own_name:
+        raise ValueError(
+            f"The saved state must be one of {own_name}. Received: the "
+            f"state of {name}. {REMEDY}"
+        )
+
+
+def check_layout(
+    own: Sequence[Entry], received: Sequence[tuple[str, Shape]]
+) -> None:
+    """Raises an error if a saved state is not that of the own variables.
+
+    Args:
+        own: The variables of the optimizer.
+        received: Kind and shape of each that was saved.
+    """
+    if INITIAL.issuperset(kind for kind, _ in received):  # Saved when unbuilt.
+        own = [entry for entry in own if entry.kind in INITIAL]
+    for entry, (kind, shape) in zip(own, received):
+        if (entry.kind, entry.shape) != (kind, shape):
+            raise ValueError(
+                "The saved state must have the blocks of this optimizer. "
+                f"{entry.name!r} is {entry.kind} {entry.shape}. Received: "
+                f"{kind} {shape}. {REMEDY}"
+            )
+    if len(own) != len(received):
+        raise ValueError(
+            f"The saved state must have {len(own)} variables. Received: "
+            f"{len(received)}. {REMEDY}"
+        )
+
+
+def decode(names: Any) -> list[str]:
+    decoded: list[str] = json.loads(bytes(np.asarray(names)))
+    return decoded
+
+
+def base_kind(variable_name: str) -> str:
+    """Kind of a variable that Keras's own base class has made."""
+    kinds = (*INITIAL, "average", "gradient_accumulator")
+    return next(kind for kind in kinds if variable_name.endswith(kind))
+
+
+@contextmanager
+def all_or_nothing(model: keras.Model) -> Iterator[None]:
+    """Undoes a loading that fails.
+
+    Keras loads the weights of a model before the state of its optimizer, so a
+    file whose optimizer does not fit, or that ends too early, leaves a mixture
+    behind. Within this context an error leaves every weight and every state
+    variable as it was. The values are kept in host memory meanwhile.
+
+    Args:
+        model: The model that is loaded into.
+
+    Raises:
+        The error of what is within the context.
+
+    Example:
+
+    ```python
+    with kb.all_or_nothing(model):
+        model.load_weights("model.weights.h5")
+    ```
+    """
+    optimizer = getattr(model, "optimizer", None)
+    variables = [*model.variables, *(optimizer.variables if optimizer else [])]
+    values = [(variable, variable.numpy()) for variable in variables]
+    try:
+        yield
+    except BaseException:
+        for variable, value in values:
+            variable.assign(value)
+        raise

@@ -1,0 +1,92 @@
+"""What a rule needs to remember: slots, one list for all optimizers."""
+
+import math
+from collections.abc import Hashable
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.blocking.partition import Shape
+
+# Bytes of one number of the dtypes that a slot can have.
+ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+# What a slot is known by: its name, and a variable's position or a group.
+Key = str | int | None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Numbers that an optimizer remembers for a variable or for a group.
+
+    Args:
+        index: Position of the variable; of the first of a group.
+        name: `"momentum"`, or the name of a block statistic.
+        shape: Its shape.
+        dtype: Its dtype.
+        value: What all of its entries start at.
+        kind: What slots have in common that a step treats alike.
+    """
+
+    index: int
+    name: str
+    shape: Shape
+    dtype: str
+    value: float
+    kind: Hashable
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.size * ITEM_SIZES[self.dtype]
+
+
+def accumulator_keys(partitions: Sequence[Partition | None]) -> list[Key]:
+    """What each variable's accumulator is known by; a group's is shared."""
+    return [
+        i if p is None or p.group is None else p.group
+        for i, p in enumerate(partitions)
+    ]
+
+
+def plan_slots(
+    rule: Rule,
+    dtypes: Sequence[str],
+    partitions: Sequence[Partition | None],
+    momentum_dtype: str | None,
+    sharded: Sequence[bool],
+) -> list[Slot]:
+    """The slots of an optimizer, in saved order.
+
+    Args:
+        rule: The optimizer.
+        dtypes: Dtypes of the variables to update.
+        partitions: Their blocks; `None` for a variable without an update.
+        momentum_dtype: Dtype of the momentum; `None` for that of the variable.
+        sharded: Whether devices have different parts of the variable.
+    """
+    keys = accumulator_keys(partitions)
+    wide = {key for key, dtype in zip(keys, dtypes) if dtype == "float64"}
+    slots = []
+    seen = set()
+    for i, partition in enumerate(partitions):
+        if partition is None:
+            continue
+        step_dtype = "float64" if keys[i] in wide else "float32"
+        alone = (i,) if sharded[i] else ()
+        if rule.momentum.has_state:
+            dtype = momentum_dtype or dtypes[i]
+            kind = ("momentum", dtype, dtypes[i], step_dtype, *alone)
+            slots.append(Slot(i, "momentum", partition.shape, dtype, 0.0, kind))
+        if keys[i] in seen:
+            continue
+        seen.add(keys[i])
+        shape = partition.accumulator_shape
+        for name, value in rule.second_moment.statistics.items():
+            kind = (name, step_dtype, *alone)
+            slots.append(Slot(i, name, shape, step_dtype, value, kind))
+    return slots

@@ -1,0 +1,273 @@
+"""Where slots are kept: the only file that knows that small ones share.
+
+A program takes as long to start for one more variable as to move thousands of
+numbers. So small slots of one kind are kept together in one variable.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+from typing import NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_blockwise.algorithm.blocks import reshape
+from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.algorithm.units import Accumulators
+from keras_blockwise.algorithm.units import Batch
+from keras_blockwise.algorithm.units import Group
+from keras_blockwise.algorithm.units import Weights
+from keras_blockwise.blocking.axes import Weight
+from keras_blockwise.blocking.blocking import Row
+from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.blocking.partition import Shape
+from keras_blockwise.state.slots import Key
+from keras_blockwise.state.slots import Slot
+from keras_blockwise.state.slots import accumulator_keys
+
+Tensor = Any
+Variable = Any
+Array = Any
+# `(variable, name, shape, dtype, value)`, the variable of the first slot.
+AddSlot = Callable[[Variable, str, Shape, str, float], Variable]
+
+# Fewer numbers than these cost a program the start of its work, not the work:
+# such slots are kept together. A `tf.train.Checkpoint` has the variables as
+# they are, so another number is another format.
+SMALL = 4096
+# How many in one variable: XLA compiles as many kernels, and uses them again
+# for the next ones. Another number is another format, too.
+TOGETHER = 16
+
+
+class Part(NamedTuple):
+    """Numbers of a state variable.
+
+    Args:
+        variable: The state variable.
+        index: Where they are in it; `None` for all of them.
+    """
+
+    variable: Variable
+    index: Any = None
+
+    def value(self, read: Callable[[Variable], Tensor]) -> Tensor:
+        value = read(self.variable)
+        return value if self.index is None else ops.take(value, self.index)
+
+    def with_value(
+        self, value: Tensor, read: Callable[[Variable], Tensor]
+    ) -> Tensor:
+        """What the variable is with another value here."""
+        if self.index is not None:
+            value = ops.scatter_update(
+                read(self.variable),
+                self.index[:, None],
+                ops.cast(reshape(value, self.index.shape), self.variable.dtype),
+            )
+        return reshape(value, self.variable.shape)
+
+
+def housed(slots: Sequence[Slot]) -> list[list[Slot]]:
+    """The slots of each state variable, in the order of their first ones."""
+    alike: dict[Any, list[int]] = {}
+    for i, slot in enumerate(slots):
+        if slot.size < SMALL:
+            alike.setdefault(slot.kind, []).append(i)
+    first = list(range(len(slots)))
+    for members in alike.values():
+        for start in range(0, len(members) - TOGETHER + 1, TOGETHER):
+            for i in members[start : start + TOGETHER]:
+                first[i] = members[start]
+    houses: dict[int, list[Slot]] = {}
+    for i, slot in enumerate(slots):
+        houses.setdefault(first[i], []).append(slot)
+    return list(houses.values())
+
+
+def slot_name(weight: Weight, slot: Slot) -> str:
+    return f"{weight.path}_{slot.name}".replace("/", "_").replace(":", "_")
+
+
+class Storage:
+    """The variables of an optimizer, its slots, and where these are kept.
+
+    Neither a list nor a dict nor a Keras object: the optimizer tracks the
+    state variables itself, and a second path to them would be saved as well.
+
+    Args:
+        rule: The optimizer.
+        variables: The variables to update.
+        rows: Their blocks; `None` for a variable without an update.
+        slots: What `plan_slots` returns.
+        add_slot: Creates a state variable.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        variables: Sequence[Variable],
+        rows: Sequence[Row | None],
+        slots: Sequence[Slot],
+        add_slot: AddSlot,
+    ) -> None:
+        self.rule = rule
+        self.variables = tuple(variables)
+        self.rows = tuple(rows)
+        self.slots = tuple(slots)
+        self._houses = housed(slots)
+        self._homes: dict[Slot, int] = {}
+        self._starts: dict[Slot, int] = {}
+        slot_variables = []
+        for home, members in enumerate(self._houses):
+            first = members[0]
+            variable = self.variables[first.index]
+            name, shape = slot_name(Weight.of(variable), first), first.shape
+            ends = list(itertools.accumulate(slot.size for slot in members))
+            if len(members) > 1:
+                name, shape = f"small_{first.name}", (ends[-1],)
+            slot_variables.append(
+                add_slot(variable, name, shape, first.dtype, first.value)
+            )
+            self._homes |= dict.fromkeys(members, home)
+            self._starts |= zip(members, [0, *ends])
+        self.slot_variables = tuple(slot_variables)
+        self._partitions = {
+            i: row.partition for i, row in enumerate(rows) if row
+        }
+        self._keys = accumulator_keys(self.partitions)
+        self._slots = {
+            (slot.name, self._keys_of(slot.name)[slot.index]): slot
+            for slot in slots
+        }
+
+    @property
+    def paths(self) -> list[str]:
+        return [Weight.of(variable).path for variable in self.variables]
+
+    @property
+    def partitions(self) -> tuple[Partition | None, ...]:
+        return tuple(row and row.partition for row in self.rows)
+
+    def values(self) -> Iterator[Array]:
+        """The value of each slot, in saved order."""
+        for slot in self.slots:
+            variable = self.slot_variables[self._homes[slot]]
+            numbers = variable.numpy().ravel()
+            start = self._starts[slot]
+            yield numbers[start : start + slot.size].reshape(slot.shape)
+
+    def assign(self, values: Sequence[Array]) -> None:
+        """Sets every slot; `values` are in saved order."""
+        by_slot = dict(zip(self.slots, values))
+        for variable, members in zip(self.slot_variables, self._houses):
+            numbers = [np.ravel(by_slot[slot]) for slot in members]
+            variable.assign(np.concatenate(numbers).reshape(variable.shape))
+
+    def values_by_weight(self) -> dict[str, dict[int, Array]]:
+        """Values by name of the slot and position of the weight they are for.
+
+        What a group shares stands there for each of its members.
+        """
+        values = dict(zip(self.slots, self.values()))
+        names = ["momentum"] * self.rule.momentum.has_state
+        return {
+            name: {
+                i: values[self._slots[name, key]]
+                for i, key in enumerate(self._keys_of(name))
+                if i in self._partitions
+            }
+            for name in [*names, *self.rule.second_moment.statistics]
+        }
+
+    def accumulator_keys_of(self, indices: Sequence[int]) -> list[Key]:
+        """What the accumulators of some variables are known by."""
+        return [self._keys[i] for i in indices]
+
+    def batch(
+        self, indices: Sequence[int], weight_decay: Callable[[int], float]
+    ) -> Batch:
+        """The given variables, with their state.
+
+        Args:
+            indices: Positions of the variables.
+            weight_decay: Tells the weight decay of the variable at a position.
+        """
+        members: dict[Key, list[int]] = {}
+        for position, i in enumerate(indices):
+            members.setdefault(self._keys[i], []).append(position)
+        accumulators = []
+        for keys, _ in self._together("velocity", list(members)):
+            groups = tuple(
+                Group(
+                    tuple(members[key]),
+                    tuple(self._partitions[indices[p]] for p in members[key]),
+                )
+                for key in keys
+            )
+            statistics = tuple(
+                self._together(name, keys)[0][1]
+                for name in self.rule.second_moment.statistics
+            )
+            dtype = self._slots["velocity", keys[0]].dtype
+            accumulators.append(Accumulators(dtype, groups, statistics))
+        together: list[tuple[Sequence[int], tuple[Part, ...]]]
+        if self.rule.momentum.has_state:
+            together = [
+                (own, (part,))
+                for own, part in self._together("momentum", indices)
+            ]
+        else:
+            together = [((i,), ()) for i in indices]
+        position_of = {i: position for position, i in enumerate(indices)}
+        weights = [
+            Weights(
+                self._slots["velocity", self._keys[own[0]]].dtype,
+                tuple(position_of[i] for i in own),
+                tuple(self._partitions[i] for i in own),
+                of_entries(
+                    [weight_decay(i) for i in own],
+                    [math.prod(self._partitions[i].shape) for i in own],
+                ),
+                tuple(self.variables[i] for i in own),
+                momentum,
+            )
+            for own, momentum in together
+        ]
+        return Batch(accumulators, weights)
+
+    def _keys_of(self, name: str) -> Sequence[Any]:
+        return range(len(self.rows)) if name == "momentum" else self._keys
+
+    def _together(
+        self, name: str, keys: Sequence[Any]
+    ) -> list[tuple[list[Any], Part]]:
+        """Keys of slots that are in one variable, and their numbers there."""
+        found: dict[int, dict[Any, Slot]] = {}
+        for key in keys:
+            slot = self._slots[name, key]
+            found.setdefault(self._homes[slot], {})[key] = slot
+        together = []
+        for home, slots in found.items():
+            own = sorted(slots, key=lambda key: self._starts[slots[key]])
+            index = None
+            if len(own) < len(self._houses[home]):
+                index = np.concatenate(
+                    [
+                        self._starts[slots[key]] + np.arange(slots[key].size)
+                        for key in own
+                    ]
+                )
+            together.append((own, Part(self.slot_variables[home], index)))
+        return together
+
+
+def of_entries(
+    values: Sequence[float], sizes: Sequence[int]
+) -> float | np.ndarray:
+    """Values of variables of these sizes, entry by entry if they differ."""
+    return values[0] if len(set(values)) == 1 else np.repeat(values, sizes)

@@ -1,0 +1,50 @@
+"""Checks of arguments: the argument, the rule, and the value received."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def is_number(value: Any) -> bool:
+    kinds = (int, float, np.integer, np.floating)
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def check_learning_rate(learning_rate: Any) -> Any:
+    if callable(learning_rate):  # Also a learning rate schedule.
+        return learning_rate
+    if is_number(learning_rate) and 0 <= learning_rate < math.inf:
+        return float(learning_rate)
+    raise ValueError(
+        "`learning_rate` must be a number >= 0, a `LearningRateSchedule` or a "
+        f"callable. Received: learning_rate={learning_rate!r}."
+    )
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """A hyper-parameter in [0, 1)."""
+    return check_number(name, value, 1.0)
+
+
+def check_non_negative(name: str, value: Any) -> float:
+    return check_number(name, value, math.inf)
+
+
+def check_number(name: str, value: Any, end: float) -> float:
+    if not is_number(value) or not 0 <= value < end:
+        raise ValueError(
+            f"`{name}` must be a number in [0, {end}). Received: "
+            f"{name}={value!r}."
+        )
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    if not any(value is choice or value == choice for choice in choices):
+        raise ValueError(
+            f"`{name}` must be one of {list(choices)}. Received: "
+            f"{name}={value!r}."
+        )
+    return value
