@@ -1,17 +1,20 @@
-"""Every optimizer against `oracle.py`: weights and state after 20 steps."""
+"""Every optimizer against the oracle: weights and state after 20 steps."""
 
 import keras
 import numpy as np
-import oracle
 import pytest
-import tensorflow as tf
-from cases import CASES
-from cases import SCHEMES
-from cases import Case
-from cases import make_gradients
-from cases import make_variables
-from cases import slots_of
-from cases import tensors
+from helpers import oracle
+from helpers.cases import SCHEMES
+from helpers.cases import Case
+from helpers.cases import each_case
+from helpers.cases import make_gradients
+from helpers.cases import make_variables
+from helpers.cases import slots_of
+from helpers.cases import tensors
+from helpers.tensorflow import tf
+from helpers.training import eager
+from helpers.training import graph
+from helpers.training import train
 
 import keras_blockwise as kb
 
@@ -111,7 +114,7 @@ VARIABLES = {
 SHAPES = {path: shape for path, (shape, _) in VARIABLES.items()}
 
 
-def blocks(scheme):
+def tiles_of(scheme):
     """The tile of every variable; a string instead names what they share."""
     if scheme == "model":
         return dict.fromkeys(VARIABLES, "model")
@@ -173,13 +176,17 @@ def learning_rate(step):
     return 2.0**-5 * (1 + step % 4)
 
 
+def set_learning_rate(optimizer, step):
+    optimizer.learning_rate = learning_rate(step)
+
+
 def check(
     case,
     tiles,
     dtype="float64",
     momentum_dtype=None,
     gradients=None,
-    compiled=False,
+    wrap=graph,
     jit_compile=False,
     decay=None,
     **kwargs,
@@ -192,8 +199,7 @@ def check(
         dtype: Of the variables.
         momentum_dtype: As of the optimizer.
         gradients: Those of each step, by default random ones.
-        compiled: `jit_compile` of the function around the step; `None` for no
-            function.
+        wrap: Makes the function that steps of the optimizer.
         jit_compile: As of the optimizer.
         decay: Weight decay of each variable, to do by hand.
         **kwargs: Further arguments of the optimizer.
@@ -217,18 +223,14 @@ def check(
     if momentum_dtype:
         kwargs["momentum_dtype"] = momentum_dtype
     optimizer = case.make(jit_compile=jit_compile, **kwargs)
-    optimizer.build(variables)
-    apply = optimizer.apply
-    if compiled is not None:
-        apply = tf.function(apply, jit_compile=compiled, autograph=False)
-    for step, given in enumerate(gradients or make_gradients(STEPS, shapes)):
-        optimizer.learning_rate = learning_rate(step)
+    gradients = gradients or make_gradients(STEPS, shapes)
+    train(optimizer, variables, gradients, wrap, set_learning_rate)
+    for step, given in enumerate(gradients):
         for weight, rate in zip(truth.weights, decay or []):
             weight *= 1 - rate * learning_rate(step)
         finite = all(np.isfinite(g).all() for g in given if g is not None)
         if finite:  # The others are for `skip_nonfinite`.
             truth.step(given, learning_rate(step))
-        apply(tensors(given, dtype))
 
     # Two units in the last place of what is rounded in each step.
     low = max(dtype, momentum_dtype or dtype, key=TOLERANCES.get)
@@ -278,8 +280,6 @@ def rounding(dtype):
     return lambda x: np.float64(np.float64(x).astype(dtype))
 
 
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-
 # One row per class, with all of its statistics.
 ONE_OF_EACH = [
     Case(kb.BlockAdam, {"amsgrad": True}),
@@ -288,7 +288,7 @@ ONE_OF_EACH = [
     Case(kb.BAG),
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
 ]
-by_class = pytest.mark.parametrize(
+each_full_class = pytest.mark.parametrize(
     "case", ONE_OF_EACH, ids=lambda case: case.cls.__name__
 )
 # Blocks with a mean square, its maximum, and a mean.
@@ -316,29 +316,36 @@ MIXED_BLOCKING = kb.Blocking(
 @by_statistics
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(case, scheme):
-    check(case, blocks(scheme), blocking=scheme)
+    check(case, tiles_of(scheme), blocking=scheme)
 
 
-@by_case
+@each_case
 def test_cases(case):
     check(case, MIXED, blocking=MIXED_BLOCKING)
 
 
-@by_class
+@each_full_class
 @pytest.mark.parametrize(
-    "compiled, jit_compile",
+    "wrap, jit_compile",
     [
-        pytest.param(None, True, id="eager-jit"),
-        pytest.param(None, False, id="eager-plain"),
-        pytest.param(False, True, id="function-jit"),
-        pytest.param(True, True, id="jit_function-jit"),
+        pytest.param(eager, True, id="eager-jit"),
+        pytest.param(eager, False, id="eager-plain"),
+        pytest.param(graph, True, id="graph-jit"),
+        pytest.param(
+            lambda optimizer: tf.function(
+                optimizer.apply, jit_compile=True, autograph=False
+            ),
+            True,
+            id="jit_function-jit",
+            marks=pytest.mark.tensorflow,
+        ),
     ],
 )
-def test_modes(case, compiled, jit_compile):
+def test_modes(case, wrap, jit_compile):
     check(
         case,
         MIXED,
-        compiled=compiled,
+        wrap=wrap,
         jit_compile=jit_compile,
         blocking=MIXED_BLOCKING,
     )
@@ -383,12 +390,12 @@ def test_hyper_parameters(case):
     check(case, MIXED, blocking=MIXED_BLOCKING)
 
 
-@by_class
+@each_full_class
 def test_float32(case):
     check(case, MIXED, "float32", blocking=MIXED_BLOCKING)
 
 
-@by_class
+@each_full_class
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision(case, dtype):
     _, variables = check(case, MIXED, dtype, blocking=MIXED_BLOCKING)
@@ -436,7 +443,7 @@ def missing():
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@by_class
+@each_full_class
 def test_missing_gradients(case):
     check(case, MIXED, gradients=missing(), blocking=MIXED_BLOCKING)
 
@@ -447,14 +454,14 @@ def test_missing_gradients_compiled():
         Case(kb.BAGM),
         MIXED,
         gradients=missing(),
-        compiled=None,
+        wrap=eager,
         jit_compile=True,
         blocking=MIXED_BLOCKING,
     )
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-@by_class
+@each_full_class
 def test_skip_nonfinite(case, jit_compile):
     """As if the steps with an infinity or a NaN had not been."""
     gradients = make_gradients(STEPS, {path: SHAPES[path] for path in MIXED})
@@ -464,7 +471,7 @@ def test_skip_nonfinite(case, jit_compile):
         case,
         MIXED,
         gradients=gradients,
-        compiled=None if jit_compile else False,
+        wrap=eager if jit_compile else graph,
         jit_compile=jit_compile,
         blocking=MIXED_BLOCKING,
         skip_nonfinite=True,
@@ -472,7 +479,7 @@ def test_skip_nonfinite(case, jit_compile):
     assert int(optimizer.skipped_steps) == 3
 
 
-@by_class
+@each_full_class
 def test_weight_decay(case):
     decay = [0.5] * len(MIXED)
     if case.cls is kb.AdamMini:

@@ -1,14 +1,15 @@
 """The table of optimizers that drives the common tests.
 
-Every public optimizer has at least one row; `test_table.py` checks that.
+Every public optimizer has at least one row; `test_optimizers.py` checks that.
 """
 
+import inspect
 from typing import Any
 from typing import NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
+import pytest
 
 import keras_blockwise as kb
 from keras_blockwise.base import slot_entries
@@ -77,6 +78,17 @@ CASES = [
         {"momentum": 0.5, "centered": True, "rho": 0.75},
     ),
 ]
+# The row of each class with the most state.
+LAST_OF_CLASS = list({case.cls: case for case in CASES}.values())
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+each_class = pytest.mark.parametrize(
+    "case", LAST_OF_CLASS, ids=lambda case: case.cls.__name__
+)
+OPTIMIZERS = [
+    value
+    for value in map(vars(kb).get, kb.__all__)
+    if inspect.isclass(value) and issubclass(value, keras.optimizers.Optimizer)
+]
 SCHEMES = [
     "coordinate",
     "output_unit",
@@ -127,7 +139,7 @@ def to_bfloat16(x):
     return np.float64(np.float64(x).astype("bfloat16"))
 
 
-def tensors(gradients, dtype):
+def tensors(gradients, dtype="float32"):
     """The gradients of one step as tensors."""
     return [
         g if g is None else keras.ops.convert_to_tensor(g, dtype)
@@ -140,18 +152,3 @@ def slots_of(optimizer):
     state = optimizer.block_state
     names = [e.name for e in slot_entries(state.variables, state.slots)]
     return dict(zip(names, state.values(), strict=True))
-
-
-def program_of(optimizer, shape, layers, dtype="float32"):
-    """What XLA makes of a step of some kernels."""
-    shapes = {f"{name}/kernel": shape for name in layers}
-    variables = make_variables(shapes, dtype)
-    optimizer.build(variables)
-    gradients = [tf.ones(shape, dtype) for _ in variables]
-
-    @tf.function(jit_compile=True, autograph=False)
-    def step():
-        optimizer.apply(gradients, variables)
-
-    step()
-    return step.experimental_get_compiler_ir()(stage="optimized_hlo")
