@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 import pytest
+
+import keras_blockwise as kb
 from helpers import oracle
 from helpers.cases import SCHEMES
 from helpers.cases import Case
@@ -15,8 +17,6 @@ from helpers.tensorflow import tf
 from helpers.training import eager
 from helpers.training import graph
 from helpers.training import train
-
-import keras_blockwise as kb
 
 STEPS = 20
 

@@ -1,4 +1,4 @@
-"""For tests whose layers have names of their own, or count from 0 themselves."""
+"""For layers with names of their own, or whose numbers are cleared there."""
 
 import keras
 import pytest

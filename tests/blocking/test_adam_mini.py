@@ -1,6 +1,6 @@
 """AdamMini: Adam-mini's blocks and decay, and its step in float64.
 
-`pytorch/test_adam_mini_reference.py` compares it with the authors' package.
+The authors' own package is in `tests/pytorch/test_adam_mini_reference.py`.
 """
 
 import json
@@ -8,9 +8,10 @@ import json
 import keras
 import numpy as np
 import pytest
-from transformer import transformer
 
 import keras_blockwise as kb
+from helpers.models import optimizer_for
+from helpers.transformer import transformer
 
 L = keras.layers
 IDS = np.arange(15).reshape(3, 5) % 11
@@ -45,8 +46,7 @@ DECAYED = {path for path in TILES if path.endswith(("kernel", "embeddings"))}
 
 
 def exact(model, **kwargs):
-    blocking = kb.Blocking.from_model(model, "adam_mini")
-    return kb.AdamMini(blocking=blocking, jit_compile=False, **kwargs)
+    return optimizer_for(model, "adam_mini", cls=kb.AdamMini, **kwargs)
 
 
 def inferred(model, **kwargs):
@@ -64,7 +64,7 @@ each_way = pytest.mark.parametrize(
 )
 
 
-def tiles(optimizer, model):
+def tiles_by_path(optimizer, model):
     return {
         variable.path: partition.block_shape
         for variable, partition in zip(
@@ -73,27 +73,27 @@ def tiles(optimizer, model):
     }
 
 
-def build(make, **kwargs):
+def tiles_of_transformer(make, **kwargs):
     model = transformer()
     optimizer = make(model, **kwargs)
     optimizer.build(model.trainable_variables)
-    return tiles(optimizer, model)
+    return tiles_by_path(optimizer, model)
 
 
 @each_way
 def test_blocks_of_a_transformer(make):
-    assert build(make) == TILES
+    assert tiles_of_transformer(make) == TILES
 
 
 @each_way
 def test_value_in_one_block(make):
     expected = TILES | {"attention_0/value/kernel": (8, 2, 4)}
-    assert build(make, value="variable") == expected
+    assert tiles_of_transformer(make, value="variable") == expected
 
 
 def test_guesses_are_told():
     with pytest.warns(UserWarning, match="query/kernel' of shape") as record:
-        build(inferred)
+        tiles_of_transformer(inferred)
     assert len(record) == 1
 
 
@@ -110,7 +110,7 @@ def test_value_keeps_the_rules():
     blocking = kb.Blocking.from_model(model, "adam_mini", rules)
     optimizer = kb.AdamMini(value="variable", blocking=blocking)
     optimizer.build(model.trainable_variables)
-    received = tiles(optimizer, model)
+    received = tiles_by_path(optimizer, model)
     assert received["logits/kernel"] == (1, 1)
     assert received["attention_0/value/kernel"] == (8, 2, 4)
 
@@ -200,7 +200,7 @@ def test_config(make, value):
     assert restored.value == value
 
 
-def test_steps():
+def test_steps_of_the_paper():
     """Algorithm 1, with an epsilon whose place can be seen."""
     shape, tile, epsilon, beta_1, beta_2 = (6, 4), (6, 1), 0.5, 0.75, 0.875
     rng = np.random.default_rng(0)

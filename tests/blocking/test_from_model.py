@@ -1,116 +1,35 @@
 """`Blocking.from_model`: the layers of any model are found, and never guessed.
 
-The layers here have square kernels and names of their own, so that names and
-shapes alone cannot tell what their axes mean.
+By identity, in any kind of model; `square_models.py` has most of them.
 """
 
 import gc
-import json
 import re
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
 import keras_blockwise as kb
+from helpers.arrays import assert_same
+from helpers.models import optimizer_for
+from helpers.processes import run_script
+from helpers.saving import dtype_policy
+from helpers.square_models import MODELS
+from helpers.square_models import PLAIN
+from helpers.square_models import REVERSED
+from helpers.square_models import UP
+from helpers.square_models import X
+from helpers.square_models import functional
+from helpers.square_models import plain
+from helpers.square_models import reverse
+from helpers.square_models import sequential
+from helpers.square_models import subclassed
+from helpers.square_models import up
 from keras_blockwise.blocking.layer_axes import REGISTERED
 
 L = keras.layers
-UP, REVERSED, PLAIN = (4, 1, 4), (1, 4), (4, 1)
-
-
-def up(name="up"):
-    return L.Conv1DTranspose(4, 4, padding="same", use_bias=False, name=name)
-
-
-def reverse(name="reverse"):
-    return L.EinsumDense("abc,dc->abd", (None, 4), name=name)
-
-
-def plain(name="plain"):
-    return L.Dense(4, use_bias=False, name=name)
-
-
-def sequential(built=True):
-    inputs = [keras.Input((4, 4))] if built else []
-    return keras.Sequential([*inputs, up(), reverse(), plain()])
-
-
-def functional():
-    x = inputs = keras.Input((4, 4))
-    for layer in (up(), reverse(), plain()):
-        x = layer(x)
-    return keras.Model(inputs, x)
-
-
-def nested():
-    inputs = keras.Input((4, 4))
-    inner = keras.Sequential([keras.Input((4, 4)), up(), reverse()])
-    middle_inputs = keras.Input((4, 4))
-    middle = keras.Model(middle_inputs, inner(middle_inputs))
-    return keras.Model(inputs, plain()(middle(inputs)))
-
-
-@keras.saving.register_keras_serializable("tests")
-class Block(L.Layer):
-    """Layers in a list, in a dict, and in an attribute."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.first = [up()]
-        self.others = {"a": reverse()}
-        self.last = plain()
-
-    def build(self, shape):
-        for layer in self.sublayers():
-            layer.build(shape)
-
-    def call(self, x):
-        for layer in self.sublayers():
-            x = layer(x)
-        return x
-
-    def sublayers(self):
-        return [*self.first, self.others["a"], self.last]
-
-
-@keras.saving.register_keras_serializable("tests")
-class Subclassed(keras.Model):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.block = Block()
-
-    def build(self, shape):
-        self.block.build(shape)
-
-    def call(self, x):
-        return self.block(x)
-
-
-def subclassed(built=True):
-    model = Subclassed()
-    if built:
-        model.build((None, 4, 4))
-    return model
-
-
-MODELS = {
-    "sequential": sequential,
-    "functional": functional,
-    "nested": nested,
-    "subclassed": subclassed,
-}
-X = np.random.default_rng(0).normal(size=(2, 4, 4)).astype("float32")
-
-
-@pytest.fixture(autouse=True)
-def fresh_keras():
-    """Without the slow `clear_session`: the layers have names of their own."""
-    keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -119,11 +38,6 @@ def nothing_registered():
     yield
     REGISTERED.clear()
     REGISTERED.update(before)
-
-
-def optimizer_for(model, scheme="output_unit", rules=None):
-    blocking = kb.Blocking.from_model(model, scheme, rules)
-    return kb.BlockAdam(blocking=blocking, jit_compile=False)  # For speed.
 
 
 def build(model, scheme="output_unit", rules=None):
@@ -395,12 +309,9 @@ def test_subsets_of_multi_optimizer(tmp_path):
     assert sorted(map(tiles, parts)) == [[(1, 1)], [UP, (4, 4)]]
 
 
-def test_loss_scale_optimizer():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
+def test_blocks_inside_a_loss_scale_optimizer():
+    with dtype_policy("mixed_float16"):
         model = functional()
-    finally:
-        keras.config.set_dtype_policy("float32")
     optimizer = optimizer_for(model)
     fit(model, optimizer)
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
@@ -438,8 +349,7 @@ def test_weights_can_be_saved_and_loaded(tmp_path):
     model.save_weights(tmp_path / "w.weights.h5")
     model.fit(X, X, verbose=0)
     model.load_weights(tmp_path / "w.weights.h5")
-    for received, expected in zip(model.get_weights(), weights):
-        np.testing.assert_array_equal(received, expected)
+    assert_same(model.get_weights(), weights)
 
 
 # How a variable is found.
@@ -592,8 +502,16 @@ def test_register_all_words():
     )
     model = held(many=Many())
     assert tiles(build(model)) == [(2, 3, 1, 1), (2, 1, 1, 1), ()]
-    assert tiles(build(model, "input_unit")) == [(2, 3, 1, 5), (1, 3, 4, 5), ()]
-    assert tiles(build(model, "filter")) == [(2, 3, 1, 1), (2, 1, 1, 1), ()]
+    assert tiles(build(model, "input_unit")) == [
+        (2, 3, 1, 5),
+        (1, 3, 4, 5),
+        (),
+    ]
+    assert tiles(build(model, "filter")) == [
+        (2, 3, 1, 1),
+        (2, 1, 1, 1),
+        (),
+    ]
     assert tiles(build(model, "head")) == [(2, 3, 1, 1), (2, 1, 1, 1), ()]
 
 
@@ -777,8 +695,8 @@ import sys
 import keras
 import numpy as np
 
+import helpers.square_models
 import keras_blockwise
-import test_from_model
 
 keras.utils.set_random_seed(1)
 keras.layers.Dense(3)  # Names are given out in another order.
@@ -807,21 +725,8 @@ def test_save_and_continue_in_a_new_process(tmp_path):
         loss = model.fit(X, X, verbose=0).history["loss"]
         count = len(set(groups(optimizer)))
         expected.append([list(map(list, tiles(optimizer))), count, loss])
-    received = run(SCRIPT, tmp_path, *cases)
+    received = run_script(SCRIPT, tmp_path, *cases)
     for ours, theirs in zip(expected, received):
         assert ours[:2] == theirs[:2]
         np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-6)
     assert len(received) == len(cases)
-
-
-def run(script, *arguments):
-    """What a new process prints, a line of JSON for each result."""
-    process = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    assert process.returncode == 0, process.stderr
-    lines = process.stdout.splitlines()
-    return [json.loads(line) for line in lines if line.startswith("[")]

@@ -27,8 +27,9 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from keras import ops
 
+from helpers.training import gradients_of
 from keras_blockwise.blocking.layer_axes import meanings_in
 from keras_blockwise.blocking.schemes import SCHEMES
 
@@ -60,11 +61,11 @@ class Probe:
     prepare: Callable[[], None] = lambda: None
 
 
-def dense(k, n, m):
+def dense_probe(k, n, m):
     return Probe(L.Dense(m), (1, k, n))
 
 
-def einsum(equation, inputs, outputs, bias_axes, k, n, m):
+def einsum_probe(equation, inputs, outputs, bias_axes, k, n, m):
     """An EinsumDense, with sizes by the letters k, n and m."""
     sizes = {"k": k, "n": n, "m": m}
     layer = L.EinsumDense(
@@ -74,16 +75,16 @@ def einsum(equation, inputs, outputs, bias_axes, k, n, m):
     return Probe(layer, (1, *(sizes[i] for i in inputs)), weights)
 
 
-def conv(cls, rank, k, n, m, **kwargs):
+def conv_probe(cls, rank, k, n, m, **kwargs):
     return Probe(cls(m, k, **kwargs), (1, *[k + 1] * rank, n), channels=-1)
 
 
 def grouped_conv(rank, k, n, m):
     cls = getattr(L, f"Conv{rank}D")
-    return conv(cls, rank, k, 2 * n, 2 * m, groups=2)
+    return conv_probe(cls, rank, k, 2 * n, 2 * m, groups=2)
 
 
-def depthwise(cls, rank, k, n, m):
+def depthwise_probe(cls, rank, k, n, m):
     layer = cls(k, depth_multiplier=m)
     # The input unit is a channel, of which there are m in the output.
     return Probe(layer, (1, *[k + 1] * rank, n), channels=-1)
@@ -189,7 +190,7 @@ def cell(cls, weight, k, n, m, **kwargs):
     if cls is not L.SimpleRNNCell:
         kwargs["recurrent_activation"] = gates
     layer = cls(m, activation=gates, **kwargs)
-    return recurrent(layer, gates, weight, (1, n), (1, m))
+    return recurrent_probe(layer, gates, weight, (1, n), (1, m))
 
 
 def conv_lstm(rank, weight, k, n, m):
@@ -199,12 +200,12 @@ def conv_lstm(rank, weight, k, n, m):
     )
     window = [k + 1] * rank
     layer.build((1, 2, *window, n))
-    return recurrent(
+    return recurrent_probe(
         layer.cell, gates, weight, (1, *window, n), (1, *window, m), channels=-1
     )
 
 
-def recurrent(layer, gates, weight, input_shape, state_shape, **kwargs):
+def recurrent_probe(layer, gates, weight, input_shape, state_shape, **kwargs):
     def run(x):
         gates.seen.clear()
         inputs, state = np.ones(input_shape, "float32"), x
@@ -282,53 +283,61 @@ def stft(weight, k, n, m):
 
 # Not public, but in a public application.
 LayerScale = inspect.getmodule(keras.applications.ConvNeXtTiny).LayerScale
-to_two = partial(einsum, "abc,cde->abde", "kn", "kkm", "de")
-to_two_reversed = partial(einsum, "abc,dec->abde", "kn", "kkm", "de")
+to_two = partial(einsum_probe, "abc,cde->abde", "kn", "kkm", "de")
+to_two_reversed = partial(einsum_probe, "abc,dec->abde", "kn", "kkm", "de")
 GAMMA_BETA = ("gamma", "beta")
 PROBES = {
-    "Dense": dense,
-    "Dense LoRA a": partial(lora_a, dense, lambda k, n, m: m),
-    "Dense LoRA b": partial(lora_b, dense),
-    "EinsumDense abc,cd->abd": partial(einsum, "abc,cd->abd", "kn", "km", "d"),
-    "EinsumDense abc,dc->abd": partial(einsum, "abc,dc->abd", "kn", "km", "d"),
+    "Dense": dense_probe,
+    "Dense LoRA a": partial(lora_a, dense_probe, lambda k, n, m: m),
+    "Dense LoRA b": partial(lora_b, dense_probe),
+    "EinsumDense abc,cd->abd": partial(
+        einsum_probe, "abc,cd->abd", "kn", "km", "d"
+    ),
+    "EinsumDense abc,dc->abd": partial(
+        einsum_probe, "abc,dc->abd", "kn", "km", "d"
+    ),
     "EinsumDense abc,cde->abde": to_two,
     "EinsumDense abc,dec->abde": to_two_reversed,
     "EinsumDense abc,cde->abed": partial(
-        einsum, "abc,cde->abed", "kn", "kkm", "ed"
+        einsum_probe, "abc,cde->abed", "kn", "kkm", "ed"
     ),
     "EinsumDense btd,ndh->btnh": partial(
-        einsum, "btd,ndh->btnh", "kn", "kkm", "nh"
+        einsum_probe, "btd,ndh->btnh", "kn", "kkm", "nh"
     ),
     "EinsumDense abde,dec->abc": partial(
-        einsum, "abde,dec->abc", "kkn", "km", "c"
+        einsum_probe, "abde,dec->abc", "kkn", "km", "c"
     ),
     "EinsumDense abc,bcd->abd": partial(
-        einsum, "abc,bcd->abd", "kn", "km", None
+        einsum_probe, "abc,bcd->abd", "kn", "km", None
     ),
-    "EinsumDense abc,bc->ac": partial(einsum, "abc,bc->ac", "kn", "n", None),
-    "EinsumDense abc,cb->ab": partial(einsum, "abc,cb->ab", "kn", "k", None),
-    "EinsumDense ab,b->a": partial(einsum, "ab,b->a", "n", "", None),
-    "EinsumDense ab,b->ab": partial(einsum, "ab,b->ab", "n", "n", None),
+    "EinsumDense abc,bc->ac": partial(
+        einsum_probe, "abc,bc->ac", "kn", "n", None
+    ),
+    "EinsumDense abc,cb->ab": partial(
+        einsum_probe, "abc,cb->ab", "kn", "k", None
+    ),
+    "EinsumDense ab,b->a": partial(einsum_probe, "ab,b->a", "n", "", None),
+    "EinsumDense ab,b->ab": partial(einsum_probe, "ab,b->ab", "n", "n", None),
     "EinsumDense LoRA a": partial(lora_a, to_two, lambda k, n, m: m),
     "EinsumDense LoRA b": partial(lora_b, to_two),
     "EinsumDense reversed LoRA a": partial(
         lora_a, to_two_reversed, lambda k, n, m: n
     ),
     "EinsumDense reversed LoRA b": partial(lora_b_of_inputs, to_two_reversed),
-    "Conv1D": partial(conv, L.Conv1D, 1),
-    "Conv2D": partial(conv, L.Conv2D, 2),
-    "Conv3D": partial(conv, L.Conv3D, 3),
+    "Conv1D": partial(conv_probe, L.Conv1D, 1),
+    "Conv2D": partial(conv_probe, L.Conv2D, 2),
+    "Conv3D": partial(conv_probe, L.Conv3D, 3),
     "Conv1D grouped": partial(grouped_conv, 1),
     "Conv2D grouped": partial(grouped_conv, 2),
     "Conv2D LoRA a": partial(
-        lora_a, partial(conv, L.Conv2D, 2), lambda k, n, m: m
+        lora_a, partial(conv_probe, L.Conv2D, 2), lambda k, n, m: m
     ),
-    "Conv2D LoRA b": partial(lora_b, partial(conv, L.Conv2D, 2)),
-    "Conv1DTranspose": partial(conv, L.Conv1DTranspose, 1),
-    "Conv2DTranspose": partial(conv, L.Conv2DTranspose, 2),
-    "Conv3DTranspose": partial(conv, L.Conv3DTranspose, 3),
-    "DepthwiseConv1D": partial(depthwise, L.DepthwiseConv1D, 1),
-    "DepthwiseConv2D": partial(depthwise, L.DepthwiseConv2D, 2),
+    "Conv2D LoRA b": partial(lora_b, partial(conv_probe, L.Conv2D, 2)),
+    "Conv1DTranspose": partial(conv_probe, L.Conv1DTranspose, 1),
+    "Conv2DTranspose": partial(conv_probe, L.Conv2DTranspose, 2),
+    "Conv3DTranspose": partial(conv_probe, L.Conv3DTranspose, 3),
+    "DepthwiseConv1D": partial(depthwise_probe, L.DepthwiseConv1D, 1),
+    "DepthwiseConv2D": partial(depthwise_probe, L.DepthwiseConv2D, 2),
     "SeparableConv1D depthwise": partial(
         separable_depthwise, L.SeparableConv1D, 1
     ),
@@ -398,44 +407,33 @@ if "use_gate" in inspect.signature(L.MultiHeadAttention).parameters:
         )
 
 
-@pytest.fixture(autouse=True)
-def fresh_keras():
-    """Without the slow `clear_session` that tests of whole models need."""
-    keras.utils.set_random_seed(0)
-
-
 def units_of(outputs, axis):
     """Each unit as a number: entries, or sums over all axes but one."""
     outputs = outputs if isinstance(outputs, list) else [outputs]
     units = []
     for x in outputs:
         if axis is not None:
-            x = tf.reduce_sum(tf.reshape(x, [-1, x.shape[axis]]), 0)
-        units += tf.unstack(tf.reshape(x, [-1]))
+            x = ops.sum(ops.reshape(x, [-1, x.shape[axis]]), 0)
+        units += ops.unstack(ops.reshape(x, [-1]))
     return units
 
 
 def supports(probe, x, weights, axis):
     """For each weight: which of its entries feed each of the units."""
-    with tf.GradientTape(persistent=True) as tape:
-        units = units_of(probe.run(x), axis)
+    gradients = gradients_of(
+        lambda: units_of(probe.run(x), axis), weights.values()
+    )
     return {
-        path: {
-            support(gradient)
-            for gradient in (tape.gradient(unit, v.value) for unit in units)
-            if gradient is not None
-        }
-        - {frozenset()}
-        for path, v in weights.items()
+        path: set(map(support, columns)) - {frozenset()}
+        for path, columns in zip(weights, zip(*gradients))
     }
 
 
 def support(gradient):
-    gradient = tf.convert_to_tensor(gradient)  # Embeddings have sparse ones.
     return frozenset(np.flatnonzero(gradient))
 
 
-def blocks(shape, axes, scheme):
+def entries_of_blocks(shape, axes, scheme):
     """The entries of each block."""
     tile = SCHEMES[scheme](shape, axes)
     members = {}
@@ -482,7 +480,7 @@ def test_units(name, size):
     shapes = {path: tuple(v.shape) for path, v in weights.items()}
 
     def expected(path, scheme):
-        return blocks(shapes[path], axes[path], scheme)
+        return entries_of_blocks(shapes[path], axes[path], scheme)
 
     feeding = supports(probe, x, weights, probe.channels)
     for path in weights:

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 
+from helpers.models import all_subclasses
 from keras_blockwise.blocking.axes import Axes
 from keras_blockwise.blocking.axes import Weight
 from keras_blockwise.blocking.layer_axes import LAYER_AXES
@@ -198,17 +199,26 @@ ROWS = {
     "EinsumDense to two": Row(
         lambda: einsum("abc,cde->abde", (None, 2, 3), "de"),
         [(2, 7, 4)],
-        {"kernel": w((4, 2, 3), "dense", (1, 2), (0,)), "bias": each((2, 3))},
+        {
+            "kernel": w((4, 2, 3), "dense", (1, 2), (0,)),
+            "bias": each((2, 3)),
+        },
     ),
     "EinsumDense to two, swapped": Row(
         lambda: einsum("abc,cde->abed", (None, 3, 2), "ed"),
         [(2, 7, 4)],
-        {"kernel": w((4, 2, 3), "dense", (1, 2), (0,)), "bias": each((3, 2))},
+        {
+            "kernel": w((4, 2, 3), "dense", (1, 2), (0,)),
+            "bias": each((3, 2)),
+        },
     ),
     "EinsumDense to two, reversed": Row(
         lambda: einsum("abc,dec->abde", (None, 2, 3), "de"),
         [(2, 7, 4)],
-        {"kernel": w((2, 3, 4), "dense", (0, 1), (2,)), "bias": each((2, 3))},
+        {
+            "kernel": w((2, 3, 4), "dense", (0, 1), (2,)),
+            "bias": each((2, 3)),
+        },
     ),
     "EinsumDense in the order of Gemma": Row(
         lambda: einsum("btd,ndh->btnh", (None, 2, 3)),
@@ -243,7 +253,10 @@ ROWS = {
     "EinsumDense bias on one of two": Row(
         lambda: einsum("abc,cde->abde", (None, 2, 3), "d"),
         [(2, 7, 4)],
-        {"kernel": w((4, 2, 3), "dense", (1, 2), (0,)), "bias": each((2, 1))},
+        {
+            "kernel": w((4, 2, 3), "dense", (1, 2), (0,)),
+            "bias": each((2, 1)),
+        },
     ),
     "EinsumDense LoRA": Row(
         lambda: lora(einsum("abc,cde->abde", (None, 5, 3), "de"), (2, 7, 4)),
@@ -690,14 +703,8 @@ WEIGHTLESS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fresh_keras():
-    """Without the slow `clear_session` that tests of whole models need."""
-    keras.utils.set_random_seed(0)
-
-
 @functools.cache
-def built(name):
+def layer_of(name):
     """The layer of a row."""
     row = ROWS[name]
     layer = row.layer()
@@ -712,15 +719,9 @@ def path_within(layer, variable):
     return re.sub(r"_\d+(?=/)", "", path)
 
 
-def all_subclasses(cls):
-    for child in cls.__subclasses__():
-        yield child
-        yield from all_subclasses(child)
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_axes_of_every_weight(name):
-    layer = built(name)
+    layer = layer_of(name)
     expected = ROWS[name].weights
     meanings = meanings_in(layer)
     received = {}
@@ -742,7 +743,7 @@ def test_no_layer_of_keras_is_left_out():
         for cls in vars(keras.layers).values()
         if inspect.isclass(cls) and issubclass(cls, keras.Layer)
     }
-    with_rows = {type(built(name)) for name in ROWS} | {keras.Layer}
+    with_rows = {type(layer_of(name)) for name in ROWS} | {keras.Layer}
     names = {cls.__name__ for cls in classes - with_rows}
     assert names == {n for n in WEIGHTLESS | OPAQUE if hasattr(L, n)}
 
@@ -770,14 +771,14 @@ def test_every_entry_is_of_a_class_of_keras():
         if cls.__module__.partition(".")[0] == "keras"
     }
     hub = {name for name in LAYER_AXES if name.startswith("keras_hub.")}
-    assert LAYER_AXES.keys() - hub <= names  # test_real_models.py has `hub`.
+    assert LAYER_AXES.keys() - hub <= names  # `hub`: test_real_models_hub.py.
 
 
 def test_every_entry_has_weights_that_exist():
     # A wrong name in an entry is a weight that nobody would ever find.
     found = set()
     for name in ROWS:
-        layer = built(name)
+        layer = layer_of(name)
         for variable in layer.trainable_variables:
             path = f"{layer.path}/{path_within(layer, variable)}"
             *_, parent, weight = ["", *path.split("/")]

@@ -2,10 +2,11 @@
 
 import keras
 import pytest
-from real_models import check_partitions
-from real_models import check_saving
-from real_models import check_steps
-from real_models import check_tiles
+
+from helpers.real_models import check_partitions
+from helpers.real_models import check_saving
+from helpers.real_models import check_steps
+from helpers.real_models import check_tiles
 
 APPLICATIONS = {
     "resnet": keras.applications.ResNet50,

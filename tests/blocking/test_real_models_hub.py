@@ -3,11 +3,12 @@
 import keras
 import keras_hub
 import pytest
-from real_models import check_partitions
-from real_models import check_saving
-from real_models import check_steps
-from real_models import check_tiles
 
+from helpers.models import all_subclasses
+from helpers.real_models import check_partitions
+from helpers.real_models import check_saving
+from helpers.real_models import check_steps
+from helpers.real_models import check_tiles
 from keras_blockwise.blocking.layer_axes import LAYER_AXES
 
 TEXT = {
@@ -121,6 +122,8 @@ SCHEMES = {
     "vit": "adam_mini",
     "whisper": "input_unit",
 }
+# KerasHub itself needs TensorFlow.
+pytestmark = pytest.mark.tensorflow
 each = pytest.mark.parametrize("name", BACKBONES)
 
 
@@ -133,12 +136,6 @@ def make(name):
     if len(x.shape) == 3:
         x = keras.layers.GlobalAveragePooling1D()(x)
     return keras.Model(inputs, keras.layers.Dense(3, name="classes")(x))
-
-
-def all_subclasses(cls):
-    for child in cls.__subclasses__():
-        yield child
-        yield from all_subclasses(child)
 
 
 def test_every_entry_is_of_a_class_of_keras_hub():

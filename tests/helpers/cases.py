@@ -140,10 +140,11 @@ def to_bfloat16(x):
 
 
 def tensors(gradients, dtype="float32"):
-    """The gradients of one step as tensors."""
+    """The gradients of one step as tensors, of one dtype or of one each."""
+    dtypes = [dtype] * len(gradients) if isinstance(dtype, str) else dtype
     return [
-        g if g is None else keras.ops.convert_to_tensor(g, dtype)
-        for g in gradients
+        g if g is None else keras.ops.convert_to_tensor(g, own)
+        for g, own in zip(gradients, dtypes, strict=True)
     ]
 
 

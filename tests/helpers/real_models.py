@@ -1,14 +1,12 @@
 """Models that nobody here wrote, and what all of them must pass."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
 import numpy as np
 
 import keras_blockwise as kb
+from helpers.processes import run_script
 from keras_blockwise.blocking.schemes import SCHEMES
 
 # Trained in this process and in another one, on one step each.
@@ -16,25 +14,26 @@ SCRIPT = """
 import json
 import sys
 
-import conftest  # As many threads: sums in another order change a sign here.
 import keras
-from real_models import batch
-from real_models import blocks
-from real_models import step
+from helpers import devices
+from helpers.real_models import example_batch
+from helpers.real_models import described
+from helpers.real_models import step
 
 {imports}
 import keras_blockwise
 
+devices.set_up()  # As many threads: another order of sums changes a sign here.
 keras.utils.set_random_seed(1)
 for path in sys.argv[1:]:
     model = keras.models.load_model(path)
-    before = blocks(model.optimizer)
-    loss = step(model, *batch(model))
+    before = described(model.optimizer)
+    loss = step(model, *example_batch(model))
     print(json.dumps([path, before, loss]))
 """
 
 
-def batch(model):
+def example_batch(model):
     """Two examples that fit the inputs of a model."""
     rng = np.random.default_rng(0)
     x = {}
@@ -55,7 +54,7 @@ def step(model, x, y):
     return model.fit(x, y, verbose=0).history["loss"][0]
 
 
-def blocks(optimizer):
+def described(optimizer):
     return [
         [list(p.shape), list(p.block_shape), p.group]
         for p in optimizer.partitions
@@ -103,7 +102,7 @@ def check_tiles(model, expected):
 
 def check_steps(model):
     """One step under every scheme."""
-    x, y = batch(model)
+    x, y = example_batch(model)
     weights = model.get_weights()
     for scheme in SCHEMES:
         model.set_weights(weights)
@@ -134,24 +133,13 @@ def check_saving(models, folder, imports=""):
     for name, (make, scheme) in models.items():
         model = make()
         optimizer = compile_with(model, scheme)
-        x, y = batch(model)
+        x, y = example_batch(model)
         step(model, x, y)
         path = str(Path(folder) / f"{name}.keras")
         model.save(path)
-        expected[path] = [blocks(optimizer), step(model, x, y)]
-    process = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(imports=imports), *expected],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    assert process.returncode == 0, process.stderr
-    lines = process.stdout.splitlines()
-    received = {}
-    for line in lines:
-        if line.startswith("["):
-            path, before, loss = json.loads(line)
-            received[path] = [before, loss]
+        expected[path] = [described(optimizer), step(model, x, y)]
+    results = run_script(SCRIPT.format(imports=imports), *expected)
+    received = {path: result for path, *result in results}
     assert received.keys() == expected.keys()
     for path, (partitions, loss) in expected.items():
         assert received[path][0] == partitions, path

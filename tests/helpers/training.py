@@ -62,9 +62,7 @@ def train(optimizer, variables, gradients, wrap=eager, before=None):
     for number, given in enumerate(gradients):
         if before:
             before(optimizer, number)
-        step(
-            [tensors([g], v.dtype)[0] for g, v in zip(given, variables, strict=True)]
-        )
+        step(tensors(given, [v.dtype for v in variables]))
     return to_numpy([*variables, *optimizer.variables])
 
 
