@@ -4,52 +4,38 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import CASES
-from cases import SHAPES
-from cases import Case
-from cases import make_gradients
-from cases import make_variables
-from cases import tensors
-from replicas import two_replicas
 
 import keras_blockwise as kb
+from helpers.arrays import assert_close
+from helpers.arrays import to_numpy
+from helpers.cases import CASES
+from helpers.cases import Case
+from helpers.cases import each_case
+from helpers.cases import each_class
+from helpers.cases import make_gradients
+from helpers.cases import make_variables
+from helpers.cases import tensors
+from helpers.programs import compiled_functions
+from helpers.programs import count_traces
+from helpers.programs import is_xla
+from helpers.replicas import check_replicas
+from helpers.replicas import distribute
+from helpers.replicas import local_values
+from helpers.replicas import replica_gradients
+from helpers.replicas import train_plain
+from helpers.replicas import train_replicas
+from helpers.replicas import two_replicas
+from helpers.training import falling
+from helpers.training import graph
+from helpers.training import train
 
+pytestmark = pytest.mark.tensorflow
 STEPS = 3
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-# The last row of each class has the most state.
-by_class = pytest.mark.parametrize(
-    "case",
-    {case.cls: case for case in CASES}.values(),
-    ids=lambda case: case.cls.__name__,
-)
-by_jit_compile = pytest.mark.parametrize("jit_compile", [True, False])
+each_jit_compile = pytest.mark.parametrize("jit_compile", [True, False])
 
 
-def to_numpy(variables):
-    return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
-
-
-def assert_equal(actual, expected, rtol=1e-6):
-    assert len(actual) == len(expected)
-    for a, b in zip(actual, expected):
-        np.testing.assert_allclose(a, b, rtol, atol=rtol)
-
-
-def float32(gradients):
-    return tensors(gradients, "float32")
-
-
-def count_traces(optimizer):
-    """Appends to the list that it returns whenever the update is traced."""
-    traces = []
-    update_all = optimizer.update_all
-
-    def counted(*args):
-        traces.append(args)
-        return update_all(*args)
-
-    optimizer.update_all = counted
-    return traces
+def assert_equal(actual, expected, tolerance=1e-6):
+    assert_close(actual, expected, tolerance, tolerance)
 
 
 # Traces.
@@ -68,17 +54,17 @@ def test_eager_steps_are_traced_once(kind):
     variables = make_variables()
     for step, gradients in enumerate(make_gradients(6)):
         if kind == "variable":
-            optimizer.learning_rate = 0.1 / (1 + step)
-        optimizer.apply(float32(gradients), variables)
+            falling(optimizer, step)
+        optimizer.apply(tensors(gradients), variables)
     assert int(optimizer.iterations) == 6
-    assert len(traces) == len(optimizer._cache.functions) == 1
+    assert len(traces) == len(compiled_functions(optimizer)) == 1
 
 
 def test_eager_steps_do_not_print_the_gradients(monkeypatch):
     """As the text of an error does that TensorFlow itself catches."""
     optimizer = kb.BAGM()
     variables = make_variables()
-    first, second = map(float32, make_gradients(2))
+    first, second = map(tensors, make_gradients(2))
     optimizer.apply(first, variables)
     printed = []
     kind = type(second[0])
@@ -93,22 +79,16 @@ def test_the_plain_update_is_run_each_time():
     """So that counting is known to count."""
     optimizer = kb.BAGM(jit_compile=False)
     traces = count_traces(optimizer)
-    variables = make_variables()
-    for gradients in make_gradients(4):
-        optimizer.apply(float32(gradients), variables)
+    train(optimizer, make_variables(), make_gradients(4))
     assert len(traces) == 4
-    assert not optimizer._cache.functions
+    assert not compiled_functions(optimizer)
 
 
-@by_jit_compile
+@each_jit_compile
 def test_steps_in_a_function_are_traced_once(jit_compile):
     optimizer = kb.BAGM(jit_compile=jit_compile)
     traces = count_traces(optimizer)
-    optimizer.build(make_variables())
-    apply = tf.function(optimizer.apply, autograph=False)
-    for step, gradients in enumerate(make_gradients(6)):
-        optimizer.learning_rate = 0.1 / (1 + step)
-        apply(float32(gradients))
+    train(optimizer, make_variables(), make_gradients(6), graph, falling)
     assert len(traces) == 1
 
 
@@ -121,14 +101,14 @@ def test_one_trace_per_set_of_gradients():
     for step, gradients in enumerate(make_gradients(8)):
         if step % 2:
             gradients[step % 3] = None
-        optimizer.apply(float32(gradients), variables)
+        optimizer.apply(tensors(gradients), variables)
         numbers.append(len(traces))
     # Missing are in turn: none, 1, none, 0, none, 2, none, 1.
     assert numbers == [1, 2, 2, 3, 3, 4, 4, 4]
 
 
 def test_fit_traces_once():
-    model = make_model()
+    model = make_normalized()
     optimizer = kb.BAGM(LEARNING_RATES["schedule"])
     traces = count_traces(optimizer)
     model.compile(optimizer, loss="mse", jit_compile=False)
@@ -144,7 +124,7 @@ def test_order_of_the_variables_has_no_effect():
         optimizer = kb.BAGM(0.1, blocking="layer")
         variables = make_variables()
         optimizer.build(variables)
-        for gradients in map(float32, given):
+        for gradients in map(tensors, given):
             optimizer.apply(
                 [gradients[i] for i in order], [variables[i] for i in order]
             )
@@ -155,15 +135,11 @@ def test_order_of_the_variables_has_no_effect():
 # XLA.
 
 
-def is_xla(function):
-    return function.function_def.attr["_XlaMustCompile"].b
-
-
 @pytest.mark.parametrize("jit_compile", [True, "auto"])
 def test_the_update_is_compiled_by_xla(jit_compile):
     optimizer = kb.BAGM(jit_compile=jit_compile)
-    optimizer.apply(float32(make_gradients(1)[0]), make_variables())
-    (function,) = optimizer._cache.functions.values()
+    optimizer.apply(tensors(make_gradients(1)[0]), make_variables())
+    (function,) = compiled_functions(optimizer)
     assert is_xla(function)
 
 
@@ -172,7 +148,7 @@ def test_the_update_in_a_function_is_compiled_by_xla(jit_compile, expected):
     optimizer = kb.BAGM(jit_compile=jit_compile)
     optimizer.build(make_variables())
     apply = tf.function(optimizer.apply, autograph=False)
-    graph = apply.get_concrete_function(float32(make_gradients(1)[0])).graph
+    graph = apply.get_concrete_function(tensors(make_gradients(1)[0])).graph
     functions = graph.as_graph_def().library.function
     compiled = [f for f in functions if f.attr["_XlaMustCompile"].b]
     assert len(compiled) == expected
@@ -190,7 +166,7 @@ def test_a_gradient_whose_shape_a_graph_does_not_know(shape):
             input_signature=[tf.TensorSpec(spec, tf.float32)],
             autograph=False,
         )
-        apply(np.float32([[1, 2], [3, 4], [5, 6]]))
+        apply(np.tensors([[1, 2], [3, 4], [5, 6]]))
         ends.append(to_numpy([variable]))
     assert_equal(*ends)
 
@@ -220,7 +196,7 @@ def test_the_names_of_the_update_come_after_those_of_the_gradients():
 DATA = np.random.default_rng(0).normal(size=(2, 16, 3)).astype("float32")
 
 
-def make_model():
+def make_normalized():
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [
@@ -232,9 +208,9 @@ def make_model():
     )
 
 
-def fit(optimizer, model=None, jit_compile=False):
+def fitted(optimizer, model=None, jit_compile=False):
     """Losses of each epoch, then the weights."""
-    model = model or make_model()
+    model = model or make_normalized()
     model.compile(optimizer, loss="mse", jit_compile=jit_compile)
     history = model.fit(*DATA, batch_size=8, epochs=2, shuffle=False, verbose=0)
     return [history.history["loss"], *to_numpy(model.trainable_variables)]
@@ -243,7 +219,7 @@ def fit(optimizer, model=None, jit_compile=False):
 @pytest.mark.parametrize("case", CASES[-1:], ids=lambda case: case.id)
 def test_fit_is_the_same_however_it_is_compiled(case):
     results = [
-        fit(case.make(0.1, jit_compile=ours), jit_compile=outer)
+        fitted(case.make(0.1, jit_compile=ours), jit_compile=outer)
         for ours, outer in [
             (False, False),
             (True, False),
@@ -252,7 +228,7 @@ def test_fit_is_the_same_however_it_is_compiled(case):
         ]
     ]
     for result in results[1:]:
-        assert_equal(result, results[0], rtol=2e-5)
+        assert_equal(result, results[0], 2e-5)
     assert results[0][0][1] < results[0][0][0]
 
 
@@ -283,84 +259,7 @@ def strategy():
     return two_replicas()
 
 
-def replica_gradients(strategy, steps=STEPS, shapes=SHAPES):
-    """Other gradients for each replica: those of each step, and their sums."""
-    number = strategy.num_replicas_in_sync
-    replicas = [make_gradients(steps, shapes, seed) for seed in range(number)]
-    sums = [
-        [np.add.reduce(gs) for gs in zip(*given)] for given in zip(*replicas)
-    ]
-    return list(zip(*replicas)), sums
-
-
-def distribute(strategy, replicas):
-    """One value per replica from a list of tensors per replica."""
-    return [
-        strategy.experimental_distribute_values_from_function(
-            lambda context, i=i: replicas[context.replica_id_in_sync_group][i]
-        )
-        for i in range(len(replicas[0]))
-    ]
-
-
-def train(make, gradients, shapes=SHAPES):
-    """Weights and state after training on one device, without XLA."""
-    variables = make_variables(shapes)
-    optimizer = make()
-    optimizer.jit_compile = False
-    optimizer.build(variables)
-    apply = tf.function(optimizer.apply, autograph=False)
-    for given in gradients:
-        apply(float32(given))
-    return to_numpy([*variables, *optimizer.variables])
-
-
-def train_replicas(
-    strategy, make, steps, function=True, shapes=SHAPES, gradients_of=float32
-):
-    """Weights and state after training on all replicas, which are equal.
-
-    Args:
-        strategy: Where.
-        make: Makes the optimizer.
-        steps: What each replica receives in each step.
-        function: Whether a step is a `tf.function`.
-        shapes: Those of the variables.
-        gradients_of: What each replica makes of it.
-    """
-    with strategy.scope():
-        variables = make_variables(shapes)
-        optimizer = make()
-        optimizer.build(variables)
-
-    def step(*given):
-        strategy.run(lambda *given: optimizer.apply(gradients_of(given)), given)
-
-    if function:
-        step = tf.function(step, autograph=False)
-    for replicas in steps:
-        replicas = [
-            [tf.convert_to_tensor(x) for x in given] for given in replicas
-        ]
-        step(*distribute(strategy, replicas))
-    results = [
-        to_numpy(strategy.experimental_local_results(variable.value))
-        for variable in [*variables, *optimizer.variables]
-    ]
-    for values in results:
-        assert len(values) == strategy.num_replicas_in_sync
-        for value in values:
-            np.testing.assert_array_equal(value, values[0])
-    return [values[0] for values in results]
-
-
-def check_replicas(strategy, make, shapes=SHAPES, **kwargs):
-    replicas, sums = replica_gradients(strategy, shapes=shapes)
-    actual = train_replicas(strategy, make, replicas, shapes=shapes, **kwargs)
-    assert_equal(actual, train(make, sums, shapes))
-
-
-@by_case
+@each_case
 def test_replicas_equal_one_device_on_the_sum(case, strategy):
     def make():
         return case.make(
@@ -370,7 +269,7 @@ def test_replicas_equal_one_device_on_the_sum(case, strategy):
     check_replicas(strategy, make, MIXED_SHAPES)
 
 
-@by_class
+@each_class
 def test_compiled_replicas_equal_one_device(case, strategy):
     def make():
         return case.make(0.1, blocking=MIXED)
@@ -390,7 +289,7 @@ def test_schemes_on_replicas(scheme, strategy):
     check_replicas(strategy, make)
 
 
-@by_jit_compile
+@each_jit_compile
 @pytest.mark.parametrize("function", [True, False], ids=["function", "eager"])
 def test_modes_on_replicas(function, jit_compile, strategy):
     def make():
@@ -399,7 +298,7 @@ def test_modes_on_replicas(function, jit_compile, strategy):
     check_replicas(strategy, make, function=function)
 
 
-@by_jit_compile
+@each_jit_compile
 @pytest.mark.parametrize("function", [True, False], ids=["function", "eager"])
 def test_one_device_strategy(function, jit_compile):
     strategy = tf.distribute.OneDeviceStrategy("CPU:1")
@@ -427,27 +326,27 @@ def test_replicas_are_traced_once(strategy):
         optimizer.build(variables)
     traces = count_traces(optimizer)
     for step, replicas in enumerate(replica_gradients(strategy, 4)[0]):
-        optimizer.learning_rate = 0.1 / (1 + step)
+        falling(optimizer, step)
         strategy.run(
             lambda *given: optimizer.apply(list(given)),
-            distribute(strategy, list(map(float32, replicas))),
+            distribute(strategy, list(map(tensors, replicas))),
         )
-    assert len(traces) == len(optimizer._cache.functions) == 2
-    assert all(map(is_xla, optimizer._cache.functions.values()))
+    assert len(traces) == len(compiled_functions(optimizer)) == 2
+    assert all(map(is_xla, compiled_functions(optimizer)))
 
 
 @pytest.mark.parametrize(
     "case", [CASES[2], CASES[4]], ids=lambda case: case.cls.__name__
 )
 def test_fit_on_replicas(case, strategy):
-    expected = fit(case.make(0.1, blocking="layer"))
+    expected = fitted(case.make(0.1, blocking="layer"))
     with strategy.scope():
-        model = make_model()
+        model = make_normalized()
         optimizer = case.make(0.1, blocking="layer")
-    assert_equal(fit(optimizer, model), expected, rtol=2e-5)
+    assert_equal(fitted(optimizer, model), expected, 2e-5)
     for variable in [*model.trainable_variables, *optimizer.variables]:
-        first, second = strategy.experimental_local_results(variable.value)
-        np.testing.assert_array_equal(first.numpy(), second.numpy())
+        first, second = local_values(strategy, variable)
+        np.testing.assert_array_equal(first, second)
 
 
 OPTIONS = {
@@ -502,7 +401,7 @@ def sparse(given):
     return [tf.IndexedSlices(values, rows, (5, 2)), kernel]
 
 
-def dense(given):
+def densified(given):
     """By a product: what each of the rows adds to each row of the table."""
     rows, values, kernel = given
     return [tf.one_hot(rows, 5, axis=0) @ values, kernel]
@@ -539,7 +438,7 @@ def test_sparse_gradients_mean_their_dense_form(case, options):
             step(*map(tf.constant, given))
         return to_numpy([*variables, *optimizer.variables])
 
-    assert_equal(run(sparse), run(dense))
+    assert_equal(run(sparse), run(densified))
 
 
 def test_repeated_rows_are_added_before_they_are_squared():
@@ -565,7 +464,7 @@ def test_sparse_gradients_on_replicas(options, strategy):
                 EMBEDDINGS,
                 gradients_of,
             )
-            for gradients_of in (sparse, dense)
+            for gradients_of in (sparse, densified)
         )
     )
 
@@ -576,10 +475,10 @@ def test_sparse_gradients_on_replicas_equal_one_device(strategy):
 
     replicas = list(zip(slices(0), slices(1)))
     sums = [
-        [np.add(*gs) for gs in zip(dense(first), dense(second))]
+        [np.add(*gs) for gs in zip(densified(first), densified(second))]
         for first, second in replicas
     ]
     actual = train_replicas(
         strategy, make, replicas, shapes=EMBEDDINGS, gradients_of=sparse
     )
-    assert_equal(actual, train(make, sums, EMBEDDINGS))
+    assert_equal(actual, train_plain(make, sums, EMBEDDINGS))

@@ -2,19 +2,26 @@
 
 import pytest
 import tensorflow as tf
-from cases import make_gradients
-from cases import make_variables
-from cases import slots_of
-from cases import tensors
-from replicas import two_replicas
-from test_execution import assert_equal
-from test_execution import by_class
-from test_execution import check_replicas
-from test_execution import to_numpy
 
 import keras_blockwise as kb
+from helpers.arrays import assert_close
+from helpers.arrays import to_numpy
+from helpers.cases import each_class
+from helpers.cases import make_gradients
+from helpers.cases import make_variables
+from helpers.cases import slots_of
+from helpers.cases import tensors
+from helpers.programs import compiled_functions
+from helpers.programs import indices_of_calls
+from helpers.replicas import check_replicas
+from helpers.replicas import two_replicas
+from helpers.training import eager
+from helpers.training import falling
+from helpers.training import graph
+from helpers.training import train
 from keras_blockwise.execution import FusedOptimizer
 
+pytestmark = pytest.mark.tensorflow
 # The first three are a part of a layer, and of what is kept in one variable.
 SHAPES = {
     f"layer_{i}/{name}": shape
@@ -32,37 +39,28 @@ BY_LAYER = {range(4, 40), range(4)}
 ALL = {range(40)}
 
 
-def train(optimizer, function):
-    """The variables and all slots after some steps."""
-    variables = make_variables(SHAPES)
-    optimizer.build(variables)
-    apply = optimizer.apply
-    if function:
-        apply = tf.function(apply, autograph=False)
-    for step, gradients in enumerate(make_gradients(STEPS, SHAPES)):
-        optimizer.learning_rate = 0.1 / (1 + step)
-        apply(tensors(gradients, "float32"))
-    return to_numpy(variables) + list(slots_of(optimizer).values())
+def train_all(optimizer, wrap):
+    """The variables and all state after some steps."""
+    gradients = make_gradients(STEPS, SHAPES)
+    return train(optimizer, make_variables(SHAPES), gradients, wrap, falling)
 
 
-def calls(optimizer):
-    """The positions of the variables of each compiled function."""
-    return {
-        range(indices[0], indices[-1] + 1)
-        for indices, *_ in optimizer._cache.functions
-    }
+def assert_equal(actual, expected):
+    assert_close(actual, expected, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("blocking", ["output_unit", "layer"])
-@by_class
+@each_class
 def test_two_calls_have_the_numbers_of_one(case, blocking):
     one, two = [
         case.make(blocking=blocking, weight_decay=0.1) for _ in range(2)
     ]
-    expected = train(one, function=False)
-    actual = train(two, function=True)
-    assert calls(one) == ALL
-    assert calls(two) == (BY_LAYER if blocking == "layer" else BY_VARIABLE)
+    expected = train_all(one, eager)
+    actual = train_all(two, graph)
+    assert indices_of_calls(one) == ALL
+    assert indices_of_calls(two) == (
+        BY_LAYER if blocking == "layer" else BY_VARIABLE
+    )
     assert_equal(actual, expected)
 
 
@@ -77,8 +75,8 @@ def test_two_calls_have_the_numbers_of_one(case, blocking):
 )
 def test_two_calls_with_the_options_of_keras(kwargs):
     one, two = kb.BAGM(0.1, **kwargs), kb.BAGM(0.1, **kwargs)
-    assert_equal(train(two, function=True), train(one, function=False))
-    assert calls(two) == BY_VARIABLE
+    assert_equal(train_all(two, graph), train_all(one, eager))
+    assert indices_of_calls(two) == BY_VARIABLE
 
 
 def test_one_call_unless_a_subclass_knows_better():
@@ -87,14 +85,14 @@ def test_one_call_unless_a_subclass_knows_better():
 
 def test_one_call_if_all_share_an_accumulator():
     optimizer = kb.BAGM(blocking="model")
-    train(optimizer, function=True)
-    assert calls(optimizer) == ALL
+    train_all(optimizer, graph)
+    assert indices_of_calls(optimizer) == ALL
 
 
 def test_one_call_if_all_gradients_are_needed():
     optimizer = kb.BAGM(skip_nonfinite=True)
-    train(optimizer, function=True)
-    assert calls(optimizer) == ALL
+    train_all(optimizer, graph)
+    assert indices_of_calls(optimizer) == ALL
 
 
 def joined(optimizer, count, size=5):
@@ -117,7 +115,7 @@ def test_vectors_are_joined():
     assert joined(kb.BAGM(), 16, 4096) == []
 
 
-@by_class
+@each_class
 def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
     """The three ways in turn: in a graph, the gradients are others."""
     shapes = dict(list(SHAPES.items())[:28])
@@ -133,7 +131,7 @@ def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
         ]
         for step, gradients in enumerate(make_gradients(6, shapes)):
             way = ways[step % 3 if optimizer is mixed else 0]
-            way(tensors(gradients, "float32"))
+            way(tensors(gradients))
         ends.append(to_numpy(variables) + list(slots_of(optimizer).values()))
     assert_equal(*ends)
 
@@ -144,15 +142,15 @@ def test_one_call_if_the_caller_compiles():
     optimizer.build(variables)
     (gradients,) = make_gradients(1, SHAPES)
     apply = tf.function(optimizer.apply, jit_compile=True, autograph=False)
-    apply(tensors(gradients, "float32"))
-    assert calls(optimizer) == ALL
+    apply(tensors(gradients))
+    assert indices_of_calls(optimizer) == ALL
 
 
 def test_one_call_without_xla(monkeypatch):
     optimizer = kb.BAGM(jit_compile=False)
     # To call it is an error.
     monkeypatch.setattr(optimizer, "first_and_rest", None)
-    train(optimizer, function=True)
+    train_all(optimizer, graph)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +163,8 @@ def test_few_variables_take_one_call(count, expected):
     shapes = dict(list(SHAPES.items())[:count])
     optimizer.build(make_variables(shapes))
     (gradients,) = make_gradients(1, shapes)
-    tf.function(optimizer.apply, autograph=False)(tensors(gradients, "float32"))
-    assert calls(optimizer) == expected
+    tf.function(optimizer.apply, autograph=False)(tensors(gradients))
+    assert indices_of_calls(optimizer) == expected
 
 
 def test_the_last_variables_do_not_wait_for_the_first_gradient():
@@ -178,7 +176,7 @@ def test_the_last_variables_do_not_wait_for_the_first_gradient():
     def step(first, *others):
         optimizer.apply([tf.identity(first, name="first"), *others])
 
-    graph = step.get_concrete_function(*tensors(gradients, "float32")).graph
+    graph = step.get_concrete_function(*tensors(gradients)).graph
 
     def needs_the_first(operation):
         seen, found = set(), [operation]
@@ -202,5 +200,5 @@ def test_replicas_have_the_numbers_of_one_device():
 
     check_replicas(two_replicas(), make, SHAPES)
     on_replicas, _ = made
-    assert calls(on_replicas) == BY_LAYER
-    assert len(on_replicas._cache.functions) == 2 * 2
+    assert indices_of_calls(on_replicas) == BY_LAYER
+    assert len(compiled_functions(on_replicas)) == 2 * 2

@@ -1,23 +1,31 @@
 """Updates in rows: the numbers of whole ones, in place, and where they are."""
 
 import re
-from functools import partial
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from cases import CASES
-from cases import SCHEMES
-from cases import make_gradients
-from cases import make_variables
-from cases import program_of
-from replicas import two_replicas
 
+from helpers.arrays import assert_close
+from helpers.cases import SCHEMES
+from helpers.cases import each_case
+from helpers.cases import make_gradients
+from helpers.cases import make_variables
+from helpers.cases import tensors
+from helpers.programs import compiled_functions
+from helpers.programs import has_loop
+from helpers.programs import main_of
+from helpers.programs import program_of
+from helpers.replicas import distribute
+from helpers.replicas import local_values
+from helpers.replicas import replica_gradients
+from helpers.replicas import two_replicas
+from helpers.training import falling
+from helpers.training import train
 from keras_blockwise import BAGM
 from keras_blockwise import BlockAdam
 from keras_blockwise import entries
 from keras_blockwise.entries import EntryUpdate
-from keras_blockwise.entries import is_divided_unevenly
 from keras_blockwise.entries import merging_axes
 from keras_blockwise.entries import rows_of
 from keras_blockwise.entries import rows_of_each
@@ -32,62 +40,56 @@ SHAPES = {
     "odd/kernel": (7, 3),
 }
 # The names of variables say little of their blocks.
-pytestmark = pytest.mark.filterwarnings("ignore:Names and shapes")
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+NAMES = pytest.mark.filterwarnings("ignore:Names and shapes")
+pytestmark = [pytest.mark.tensorflow, NAMES]
 
 
 @pytest.fixture
-def short_rows(monkeypatch):
+def cut_from(monkeypatch):
+    """Sets from how many entries on a variable is cut into rows."""
+    return lambda entries_: monkeypatch.setattr(entries, "LARGE", entries_)
+
+
+@pytest.fixture
+def short_rows(monkeypatch, cut_from):
     """Cuts whatever gains from it, but for the smallest, however small."""
     monkeypatch.setattr(entries, "SHORTEST", 1)
     monkeypatch.setattr(entries, "LONGEST", 16)
-    monkeypatch.setattr(entries, "LARGE", 1)
     monkeypatch.setattr(entries, "PER_CORE", 0)
+    cut_from(1)
 
 
-def train(make, gradients, dtype="float32", shapes=SHAPES):
-    """The weights and the state after some steps of another learning rate."""
-    optimizer = make(jit_compile=True)
-    variables = make_variables(shapes, dtype)
-    for step, values in enumerate(gradients):
-        optimizer.learning_rate = 0.1 / (1 + step)
-        optimizer.apply([tf.constant(g, dtype) for g in values], variables)
-    function = next(iter(optimizer._cache.functions.values()))
-    return [np.float64(v) for v in variables + optimizer.variables], function
+@pytest.fixture
+def is_cut(short_rows, cut_from):
+    """Whether an update is cut into rows; if so, it has the same numbers."""
 
+    def check(make, dtype="float32", gradients=None, atol=1e-9):
+        gradients = gradients or make_gradients(3, SHAPES)
+        results, loops = [], []
+        for least in (1, 10**9):
+            cut_from(least)
+            optimizer = make(jit_compile=True)
+            variables = make_variables(SHAPES, dtype)
+            results.append(
+                train(optimizer, variables, gradients, before=falling)
+            )
+            loops.append(has_loop(compiled_functions(optimizer)[0]))
+        assert not loops[1]
+        assert_close(*results, 2e-6, atol)
+        return loops[0]
 
-def has_loop(function):
-    return any(
-        op.type.endswith("While") for op in function.graph.get_operations()
-    )
-
-
-def check(
-    make, monkeypatch, dtype="float32", steps=3, gradients=None, atol=1e-9
-):
-    gradients = gradients or make_gradients(steps, SHAPES)
-    in_rows, function = train(make, gradients, dtype)
-    with monkeypatch.context() as context:
-        context.setattr(entries, "LARGE", 10**9)
-        whole, whole_function = train(make, gradients, dtype)
-    assert not has_loop(whole_function)
-    assert len(in_rows) == len(whole)
-    for actual, expected in zip(in_rows, whole):
-        np.testing.assert_allclose(actual, expected, 2e-6, atol)
-    return has_loop(function)
+    return check
 
 
 @pytest.mark.parametrize("blocking", ["variable", "coordinate"])
-@by_case
-def test_rows_have_the_numbers_of_the_whole(
-    case, blocking, short_rows, monkeypatch
-):
+@each_case
+def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
     def make(**kwargs):
         return case.make(weight_decay=0.1, blocking=blocking, **kwargs)
 
     # Each coordinate takes steps of 0.1, with their rounding, also to zero.
     atol = 1e-8 if blocking == "coordinate" else 1e-9
-    cut = check(make, monkeypatch, atol=atol)
+    cut = is_cut(make, atol=atol)
     rule = case.make().rule()
     assert cut == (
         blocking == "coordinate"
@@ -96,16 +98,16 @@ def test_rows_have_the_numbers_of_the_whole(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_rows_of_every_scheme(scheme, short_rows, monkeypatch):
+def test_rows_of_every_scheme(scheme, is_cut):
     def make(**kwargs):
         return BAGM(blocking=scheme, **kwargs)
 
-    assert check(make, monkeypatch)
+    assert is_cut(make)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("stored", ["momentum", "weights"])
-def test_no_rows_of_16_bits(stored, dtype, short_rows, monkeypatch):
+def test_no_rows_of_16_bits(stored, dtype, is_cut):
     """XLA would copy all of a variable to write one of its rows."""
     momentum_dtype, weight_dtype = {
         "momentum": (dtype, "float32"),
@@ -115,39 +117,33 @@ def test_no_rows_of_16_bits(stored, dtype, short_rows, monkeypatch):
     def make(**kwargs):
         return BAGM(momentum_dtype=momentum_dtype, **kwargs)
 
-    assert not check(make, monkeypatch, weight_dtype)
+    assert not is_cut(make, weight_dtype)
 
 
-def test_rows_of_float64(short_rows, monkeypatch):
-    assert check(BAGM, monkeypatch, "float64")
+def test_rows_of_float64(is_cut):
+    assert is_cut(BAGM, "float64")
 
 
-def test_a_skipped_step_leaves_every_row(short_rows, monkeypatch):
+def test_a_skipped_step_leaves_every_row(is_cut):
     def make(**kwargs):
         return BAGM(skip_nonfinite=True, **kwargs)
 
     gradients = make_gradients(3, SHAPES)
     gradients[1][0][-1, -1] = np.inf
-    assert check(make, monkeypatch, gradients=gradients)
+    assert is_cut(make, gradients=gradients)
 
 
 def test_an_infinite_weight_changes_its_own_row_alone(short_rows):
     """Also where it is looked at to know that it has been written."""
-    variables = make_variables(SHAPES)
-    kernel = np.array(variables[0])
-    kernel[::2, 0] = np.inf
-    variables[0].assign(kernel)
-    optimizer = BAGM(blocking="variable", jit_compile=True)
-    gradients = make_gradients(1, SHAPES)[0]
-    optimizer.apply([tf.constant(g, "float32") for g in gradients], variables)
-    twin = BAGM(blocking="variable", jit_compile=False)
-    expected = make_variables(SHAPES)
-    expected[0].assign(kernel)
-    twin.apply([tf.constant(g, "float32") for g in gradients], expected)
-    for actual, value in zip(variables, expected):
-        np.testing.assert_allclose(actual, value, 2e-6)
-    for actual, value in zip(optimizer.variables, twin.variables):
-        np.testing.assert_allclose(actual, value, 2e-6)
+    results = []
+    for jit_compile in (True, False):
+        variables = make_variables(SHAPES)
+        kernel = np.array(variables[0])
+        kernel[::2, 0] = np.inf
+        variables[0].assign(kernel)
+        optimizer = BAGM(blocking="variable", jit_compile=jit_compile)
+        results.append(train(optimizer, variables, make_gradients(1, SHAPES)))
+    assert_close(*results, 2e-6)
 
 
 @pytest.mark.parametrize("scheme", ["variable", "output_unit"])
@@ -170,7 +166,7 @@ def test_a_sum_stands_next_to_the_momentum(scheme, count):
     """In the order of the program, the gradient is still in the cache."""
     layers = [f"dense_{i}" for i in range(count)]
     program = program_of(BlockAdam(blocking=scheme), (96, 64), layers)
-    main = program[program.index("ENTRY") :]
+    main = main_of(program)
     # What reads a gradient, in order, and whether it makes a whole variable.
     reads = re.findall(r"= f32\[([\d,]*)\]\S* fusion\(%arg(\d+)\.", main)
     whole = [
@@ -186,7 +182,7 @@ def test_a_sum_stands_next_to_the_momentum(scheme, count):
 def test_a_narrow_momentum_needs_no_copy(cls, dtype):
     optimizer = cls(momentum_dtype="bfloat16")
     program = program_of(optimizer, (96, 64), "abc", dtype)
-    main = program[program.index("ENTRY") :]
+    main = main_of(program)
     made = re.findall(r"= (\w+)\[96,64\]\S* (?!parameter)(\w+)\(", main)
     kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     # The weights and the momentum of three kernels, and nothing else.
@@ -197,116 +193,10 @@ def test_a_narrow_momentum_needs_no_copy(cls, dtype):
 def test_blocks_of_one_entry_need_no_other_memory(cls):
     """What the weights and the momentum both need is made twice, not kept."""
     program = program_of(cls(blocking="coordinate"), (96, 64), "abc")
-    main = program[program.index("ENTRY") :]
+    main = main_of(program)
     made = re.findall(r"= f32\[96,64\]\S* (?!parameter)(\w+)\(", main)
     # The weights, the momentum and the velocity of three kernels.
     assert made == ["fusion"] * 9
-
-
-# Vectors of odd lengths, but for the last.
-ODD = {
-    "dense/bias": (7,),
-    "embedding/embeddings": (9, 1),
-    "dense_1/kernel": (1, 5),
-    "dense_2/kernel": (3, 3),
-}
-
-
-@pytest.fixture
-def two_cores(monkeypatch):
-    """As if there were two, which share the smallest vector."""
-    monkeypatch.setattr(
-        tf.config.threading, "get_intra_op_parallelism_threads", lambda: 2
-    )
-    monkeypatch.setattr(entries, "DIVIDED", 2)
-
-
-def parts(function):
-    """How many parts of variables are written."""
-    operations = function.graph.get_operations()
-    return sum(op.type == "XlaDynamicUpdateSlice" for op in operations)
-
-
-@pytest.mark.parametrize("blocking", ["variable", "coordinate"])
-@by_case
-def test_two_parts_have_the_numbers_of_the_whole(
-    case, blocking, two_cores, monkeypatch
-):
-    def make(**kwargs):
-        return case.make(weight_decay=0.1, blocking=blocking, **kwargs)
-
-    gradients = make_gradients(3, ODD)
-    in_parts, function = train(make, gradients, shapes=ODD)
-    assert parts(function)
-    monkeypatch.setattr(entries, "DIVIDED", 10)
-    whole, function = train(make, gradients, shapes=ODD)
-    assert not parts(function)
-    for actual, expected in zip(in_parts, whole, strict=True):
-        np.testing.assert_allclose(actual, expected, 2e-6, 1e-8)
-
-
-def test_a_skipped_step_leaves_both_parts(two_cores):
-    optimizer = BAGM(blocking="coordinate", skip_nonfinite=True)
-    variables = make_variables(ODD)
-    gradients = [np.ones(shape, "float32") for shape in ODD.values()]
-    gradients[0][-1] = np.inf
-    optimizer.apply([tf.constant(g) for g in gradients], variables)
-    assert parts(next(iter(optimizer._cache.functions.values())))
-    for actual, value in zip(variables, make_variables(ODD)):
-        np.testing.assert_array_equal(actual, value)
-    assert not any(np.any(v) for v in optimizer.variables if len(v.shape))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("blocking", ["variable", "coordinate"])
-def test_no_parts_of_16_bits(blocking, dtype, two_cores):
-    """XLA would copy all of a variable to write a part of it."""
-    gradients = make_gradients(1, ODD)
-    for stored in ((dtype, "float32"), ("float32", dtype)):
-        momentum_dtype, weight_dtype = stored
-        make = partial(BAGM, blocking=blocking, momentum_dtype=momentum_dtype)
-        assert not parts(train(make, gradients, weight_dtype, ODD)[1])
-
-
-def test_no_parts_of_several_variables(two_cores):
-    """Each may have a weight decay of its own, entry by entry."""
-    shapes = {f"dense_{i}/bias": (8 if i == 0 else 7,) for i in range(17)}
-    gradients = make_gradients(1, shapes)
-    # Sixteen are together, in a vector of 113; one is left over.
-    assert parts(train(BAGM, gradients, shapes=shapes)[1]) == 2 * 3
-
-
-@pytest.mark.parametrize("shape", [(4999,), (4999, 1), (1, 4999)])
-@pytest.mark.parametrize("blocking", ["variable", "coordinate"])
-@pytest.mark.parametrize("cls", [BlockAdam, BAGM])
-def test_parts_are_written_in_place(cls, blocking, shape, two_cores):
-    program = program_of(cls(blocking=blocking), shape, "abc")
-    main = program[program.index("ENTRY") :]
-    made = re.findall(
-        r"= f32\[[\d,]*4999[\d,]*\]\S* (?!parameter|bitcast)(\w+)\(", main
-    )
-    numbers = {"variable": 2, "coordinate": 3}[blocking]
-    # Two parts of the weights, of the momentum and perhaps of the velocity.
-    assert made == ["fusion"] * 3 * 2 * numbers
-
-
-@pytest.mark.parametrize(
-    "shape, cores, divided",
-    [
-        ((25_001,), 2, True),
-        ((1, 25_001, 1), 2, True),
-        ((25_002,), 4, True),
-        ((25_002,), 2, False),
-        ((25_001,), 1, False),
-        ((24_999,), 2, False),
-        ((25_001, 3), 2, False),
-        ((), 2, False),
-    ],
-)
-def test_which_vectors_are_divided_unevenly(shape, cores, divided):
-    vector = update(shape)
-    assert is_divided_unevenly(vector, cores) == divided
-    assert not is_divided_unevenly(vector._replace(in_parts=False), cores)
 
 
 def body_of_loop(program):
@@ -315,8 +205,8 @@ def body_of_loop(program):
 
 
 def update(shape, *inputs):
-    tensors = tuple(np.broadcast_to(0.0, i) for i in (*inputs, shape))
-    return EntryUpdate(None, shape, tensors, (), in_parts=True, in_rows=True)
+    arrays = tuple(np.broadcast_to(0.0, i) for i in (*inputs, shape))
+    return EntryUpdate(None, shape, arrays, (), in_parts=True, in_rows=True)
 
 
 @pytest.mark.parametrize(
@@ -384,7 +274,7 @@ def test_loops_share_no_memory(short_rows):
         ("f32[]", "fusion"), ("f32[]", "copy"), ("pred[]", "fusion"),
     ])  # fmt: skip
     # One kernel reads that of both loops when they have ended.
-    main = program[program.index("ENTRY") :]
+    main = main_of(program)
     scalar = (
         r"(%[\w.]+) = (?:f32|pred)\[\]\S* get-tuple-element\(%(?:while|call)"
     )
@@ -400,25 +290,16 @@ def test_a_step_under_a_strategy_is_cut_on_each_replica(short_rows):
         optimizer = BAGM(0.1, blocking="variable")
         variables = make_variables(SHAPES)
         optimizer.build(variables)
-    values = make_gradients(2, SHAPES)
+    (replicas,), sums = replica_gradients(strategy, 1, SHAPES)
 
-    @tf.function
-    def step():
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        gradients = [
-            tf.cast(tf.where(replica == 0, a, b), tf.float32)
-            for a, b in zip(*values)
-        ]
-        optimizer.apply(gradients, variables)
+    @tf.function(autograph=False)
+    def step(*given):
+        strategy.run(lambda *given: optimizer.apply(given), given)
 
-    strategy.run(step)
+    step(*distribute(strategy, list(map(tensors, replicas))))
     twin = BAGM(0.1, blocking="variable", jit_compile=False)
-    expected = make_variables(SHAPES)
-    twin.apply(
-        [tf.constant(a + b, "float32") for a, b in zip(*values)], expected
-    )
-    assert len(optimizer._cache.functions) == 2
-    assert all(map(has_loop, optimizer._cache.functions.values()))
-    for actual, value in zip(variables, expected):
-        for copy in strategy.experimental_local_results(actual.value):
-            np.testing.assert_allclose(copy, value, 2e-5)
+    expected = train(twin, make_variables(SHAPES), sums)
+    assert len(compiled_functions(optimizer)) == 2
+    assert all(map(has_loop, compiled_functions(optimizer)))
+    for variable, value in zip(variables, expected):
+        assert_close(local_values(strategy, variable), [value, value], 2e-5)

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_blockwise as kb
+from helpers.programs import all_nodes
 from keras_blockwise import execution
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.reduction import LANES
@@ -15,6 +16,7 @@ from keras_blockwise.reduction import block_sum
 from keras_blockwise.reduction import row_terms
 from keras_blockwise.reduction import terms_and_distance
 
+pytestmark = pytest.mark.tensorflow
 # Square, odd and prime extents of rank 1 to 5, and what XLA might join.
 SHAPES = [
     ((4096,), (4096,)),
@@ -41,7 +43,7 @@ SHAPES = [
     ((2, 3, 5, 7, 41), (2, 3, 5, 7, 1)),
     ((2, 3, 5, 7, 41), (1, 3, 1, 7, 41)),
 ]
-each = pytest.mark.parametrize("shape, block_shape", SHAPES, ids=str)
+each_shape = pytest.mark.parametrize("shape, block_shape", SHAPES, ids=str)
 
 
 def plain_sum(x, p):
@@ -51,7 +53,7 @@ def plain_sum(x, p):
     return x.reshape(pairs).sum(inside)
 
 
-@each
+@each_shape
 def test_parts_have_the_sum_of_the_whole(shape, block_shape):
     p = Partition(shape, block_shape)
     x = np.random.default_rng(0).normal(size=shape)
@@ -71,7 +73,7 @@ def test_parts_have_the_sum_of_the_whole(shape, block_shape):
         np.testing.assert_allclose(actual, expected, tolerance)
 
 
-@each
+@each_shape
 def test_parts_are_short_and_leave_many(shape, block_shape):
     p = Partition(shape, block_shape)
     for axis in p.view_axes:
@@ -122,11 +124,8 @@ def barriers(optimizer, shape):
         optimizer.apply([gradient])
 
     graph = update.get_concrete_function(tf.zeros(shape)).graph.as_graph_def()
-    operations = [
-        *graph.node,
-        *(node for f in graph.library.function for node in f.node_def),
-    ]
-    return [node.op for node in operations].count("XlaOptimizationBarrier")
+    operations = [node.op for node in all_nodes(graph)]
+    return operations.count("XlaOptimizationBarrier")
 
 
 def test_only_large_variables_of_xla_on_a_cpu_have_partial_sums(monkeypatch):
