@@ -5,6 +5,9 @@ import numpy as np
 
 import keras_blockwise as kb
 
+# Whether `jit_compile=True` of a model is XLA, or PyTorch's slow compiler.
+HAS_XLA = keras.backend.backend() != "torch"
+
 
 def mlp(
     inputs=3,

@@ -4,24 +4,22 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-import killed_worker
 import numpy as np
 import pytest
 
+from helpers.processes import ROOT
+from helpers.processes import run_python
+from workers import killed as worker
 
-@pytest.mark.slow
+pytestmark = [pytest.mark.tensorflow, pytest.mark.slow]
+EXAMPLE = ROOT / "examples" / "resume.py"
+
+
 def test_killed_twenty_times(tmp_path):
-    done = subprocess.run(
-        [sys.executable, killed_worker.__file__, str(tmp_path)],
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python("-m", "workers.killed", tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    steps = killed_worker.STEPS
+    steps = worker.STEPS
     assert report["whole"] == {"first": 0, "last": steps, "status": 0}
     killed = report["killed"]
     assert len(killed) == 20
@@ -33,7 +31,7 @@ def test_killed_twenty_times(tmp_path):
         assert before["last"] <= steps
         assert after["first"] <= before["last"] + 1
         assert after["first"] >= before["first"] - 4
-    assert report["end"]["first"] > 2 * killed_worker.STEPS_PER_EPOCH
+    assert report["end"]["first"] > 2 * worker.STEPS_PER_EPOCH
     assert report["end"]["last"] == steps
     assert report["end"]["status"] == 0
     ends = [
@@ -44,10 +42,6 @@ def test_killed_twenty_times(tmp_path):
         np.testing.assert_array_equal(ends[0][name], ends[1][name])
 
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "resume.py"
-
-
-@pytest.mark.slow
 def test_example(tmp_path):
     command = [sys.executable, "-u", str(EXAMPLE), "--epochs", "3"]
     with subprocess.Popen(

@@ -3,20 +3,28 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from replicas import two_replicas
 
 import keras_blockwise as kb
+from helpers.arrays import assert_differ
+from helpers.arrays import assert_same
+from helpers.arrays import refused
+from helpers.arrays import to_numpy
+from helpers.models import mlp
+from helpers.models import state_of
+from helpers.saving import FORMATS
+from helpers.saving import checkpoint_of
+from helpers.saving import dtype_policy
+from helpers.saving import load
+from helpers.saving import save
+from helpers.tensorflow import tf
+
+if tf is not None:
+    from helpers.replicas import local_values
+    from helpers.replicas import two_replicas
 
 
-def make_model(optimizer, steps=0):
-    model = keras.Sequential(
-        [
-            keras.Input((3,)),
-            keras.layers.Dense(4, activation="tanh", name="hidden"),
-            keras.layers.Dense(1, name="out"),
-        ]
-    )
+def trained(optimizer, steps=0):
+    model = mlp()
     model.compile(optimizer, "mse", run_eagerly=True)
     optimizer.build(model.trainable_variables)
     for _ in range(steps):
@@ -32,42 +40,23 @@ def other(cls):
     return cls(0.1, jit_compile=False)
 
 
-def everything(model):
-    return [v.numpy() for v in model.variables + model.optimizer.variables]
-
-
-def same(actual, expected):
-    pairs = zip(actual, expected, strict=True)
-    return all(np.array_equal(a, b) for a, b in pairs)
-
-
-def save(model, format, folder):
-    """Saves, and returns what loads it and the files that it made."""
-    if format == "checkpoint":
-        path = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(
-            str(folder / "state")
-        )
-
-        def load(model):
-            tf.train.Checkpoint(model=model, optimizer=model.optimizer).restore(
-                path
-            ).assert_consumed()
-
-        return load, sorted(folder.glob("state-1.*"))
-    path = folder / {"keras": "a.keras", "weights": "a.weights.h5"}[format]
-    model.save(path) if format == "keras" else model.save_weights(path)
-    return lambda model: model.load_weights(path), [path]
-
-
-def assert_refused(model, load, message):
-    before = everything(model)
-    with pytest.raises(Exception, match=message):
+def assert_not_loaded(model, message, *arguments):
+    with refused(state_of(model), message, Exception):
         with kb.all_or_nothing(model):
-            load(model)
-    assert same(everything(model), before)
+            load(model, *arguments)
 
 
-FORMATS = ["keras", "weights", "checkpoint"]
+def with_marks(*rows):
+    """Parameters; a checkpoint, the last of a row, is one of TensorFlow."""
+    for row in rows:
+        needs = row[-1] == "checkpoint"
+        marks = [pytest.mark.tensorflow] if needs else []
+        yield pytest.param(*row, marks=marks)
+
+
+each_format = pytest.mark.parametrize(
+    "format", with_marks(*([format] for format in FORMATS))
+)
 BLOCKS = (
     r"The saved state must have the blocks of this optimizer. '\S+' is "
     r"kernel/velocity \(1, 1\). Received: kernel/velocity \(1, 4\). None"
@@ -90,18 +79,20 @@ MISFITS = {
 
 @pytest.mark.parametrize(
     "kind, format",
-    [
-        (kind, format)
-        for kind in MISFITS
-        for format in FORMATS
-        # A checkpoint of Keras has no names; see below.
-        if (kind, format) != ("an optimizer of Keras", "checkpoint")
-    ],
+    with_marks(
+        *(
+            (kind, format)
+            for kind in MISFITS
+            for format in FORMATS
+            # A checkpoint of Keras has no names; see below.
+            if (kind, format) != ("an optimizer of Keras", "checkpoint")
+        )
+    ),
 )
 def test_state_that_does_not_fit(kind, format, tmp_path):
     make_saved, make, message = MISFITS[kind]
-    load, _ = save(make_model(make_saved(), 2), format, tmp_path)
-    assert_refused(make_model(make(), 3), load, message)
+    save(trained(make_saved(), 2), format, tmp_path)
+    assert_not_loaded(trained(make(), 3), message, format, tmp_path)
 
 
 # Optimizers whose states have the same positions and shapes as another's.
@@ -143,66 +134,63 @@ CHECKPOINTS = {
 }
 
 
-def checkpoint_of(model):
-    return tf.train.Checkpoint(model=model, optimizer=model.optimizer)
-
-
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_tf_checkpoint_is_refused_before_anything_is_loaded(kind, tmp_path):
     """Also by `restore` alone, without `kb.all_or_nothing`."""
     make_saved, make, message = CHECKPOINTS[kind]
-    saved = make_model(make_saved(), 2)
+    saved = trained(make_saved(), 2)
     path = checkpoint_of(saved).save(str(tmp_path / "misfit"))
-    model = make_model(make(), 3)
-    load, _ = save(model, "checkpoint", tmp_path)
-    expected = everything(model)
+    model = trained(make(), 3)
+    save(model, "checkpoint", tmp_path)
+    expected = to_numpy(state_of(model))
     model.train_on_batch(np.eye(3), np.ones((3, 1)))
-    before = everything(model)
-    assert not same(before, expected)
-    with pytest.raises(ValueError, match=message):
+    assert_differ(state_of(model), expected)
+    with refused(state_of(model), message):
         checkpoint_of(model).restore(path)
-    assert same(everything(model), before)
-    load(model)  # What fits is loaded afterwards.
-    assert same(everything(model), expected)
+    load(model, "checkpoint", tmp_path)  # What fits is loaded afterwards.
+    assert_same(state_of(model), expected)
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_tf_checkpoint_into_an_optimizer_that_is_not_built(kind, tmp_path):
     make_saved, make, message = CHECKPOINTS[kind]
-    saved = make_model(make_saved(), 2)
+    saved = trained(make_saved(), 2)
     path = checkpoint_of(saved).save(str(tmp_path / "misfit"))
     model = keras.models.clone_model(saved)
     model.compile(make(), "mse", run_eagerly=True)
-
-    def load(model):
-        checkpoint_of(model).restore(path)
-        model.train_on_batch(np.eye(3), np.ones((3, 1)))
-
-    assert_refused(model, load, message)
+    with refused(state_of(model), message, Exception):
+        with kb.all_or_nothing(model):
+            checkpoint_of(model).restore(path)
+            model.train_on_batch(np.eye(3), np.ones((3, 1)))
     assert not model.optimizer.built
 
 
+@pytest.mark.tensorflow
 def test_tf_checkpoint_of_an_optimizer_of_keras(tmp_path):
     """With the same state, but for the names, which Keras does not save."""
-    saved = make_model(keras.optimizers.Adam(0.1), 2)
-    load, _ = save(saved, "checkpoint", tmp_path)
-    model = make_model(block_adam("coordinate"), 3)
-    assert_refused(model, load, "saved with the state of BlockAdam alone")
+    saved = trained(keras.optimizers.Adam(0.1), 2)
+    save(saved, "checkpoint", tmp_path)
+    model = trained(block_adam("coordinate"), 3)
+    message = "saved with the state of BlockAdam alone"
+    assert_not_loaded(model, message, "checkpoint", tmp_path)
 
 
+@pytest.mark.tensorflow
 def test_tf_checkpoint_from_before_the_first_step(tmp_path):
     optimizer = block_adam()
     optimizer.iterations.assign(7)
     path = tf.train.Checkpoint(optimizer=optimizer).save(str(tmp_path / "a"))
-    model = make_model(block_adam("variable"), 3)
-    before = everything(model)
+    model = trained(block_adam("variable"), 3)
+    before = to_numpy(state_of(model))
     tf.train.Checkpoint(optimizer=model.optimizer).restore(path)
-    assert model.optimizer.iterations.numpy() == 7
+    assert int(model.optimizer.iterations) == 7
     model.optimizer.iterations.assign(3)
-    assert same(everything(model), before)
+    assert_same(state_of(model), before)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@each_format
 @pytest.mark.parametrize("kind", MISFITS)
 def test_with_mixed_precision(kind, format, tmp_path):
     """Keras scales the loss then, and loads the state once more by position.
@@ -210,80 +198,76 @@ def test_with_mixed_precision(kind, format, tmp_path):
     So the error may be its own.
     """
     make_saved, make, _ = MISFITS[kind]
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        load, _ = save(make_model(make_saved(), 2), format, tmp_path)
-        model = make_model(make(), 3)
+    with dtype_policy("mixed_float16"):
+        save(trained(make_saved(), 2), format, tmp_path)
+        model = trained(make(), 3)
         assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-        assert_refused(model, load, "[a-z]+ [a-z]+")
-    finally:
-        keras.config.set_dtype_policy("float32")
+        assert_not_loaded(model, "[a-z]+ [a-z]+", format, tmp_path)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@each_format
 def test_truncated_file(format, tmp_path):
-    load, paths = save(make_model(block_adam(), 2), format, tmp_path)
-    model = make_model(block_adam(), 3)
+    paths = save(trained(block_adam(), 2), format, tmp_path)
+    model = trained(block_adam(), 3)
     for path in paths:
         data = path.read_bytes()
         for size in 0, len(data) // 3, len(data) * 9 // 10, len(data) - 1:
             path.write_bytes(data[:size])
-            assert_refused(model, load, "[a-z]+ [a-z]+")
+            assert_not_loaded(model, "[a-z]+ [a-z]+", format, tmp_path)
         path.write_bytes(data)
-    load(model)
+    load(model, format, tmp_path)
     path.unlink()
-    assert_refused(model, load, "(?i)no such file|not found|any matching files")
+    message = "(?i)no such file|not found|any matching files"
+    assert_not_loaded(model, message, format, tmp_path)
 
 
 def test_without_it_keras_leaves_a_mixture(tmp_path):
-    load, _ = save(make_model(block_adam(), 2), "weights", tmp_path)
-    model = make_model(block_adam("variable"), 3)
-    before = everything(model)
+    save(trained(block_adam(), 2), "weights", tmp_path)
+    model = trained(block_adam("variable"), 3)
+    before = to_numpy(state_of(model))
     with pytest.raises(ValueError, match=BLOCKS):
-        load(model)
-    assert not same(everything(model), before)
+        load(model, "weights", tmp_path)
+    assert_differ(state_of(model), before)
 
 
 def test_the_state_alone_can_be_left_out(tmp_path):
-    saved = make_model(block_adam(), 2)
+    saved = trained(block_adam(), 2)
     saved.save_weights(tmp_path / "a.weights.h5")
-    model = make_model(block_adam("variable"), 3)
-    before = everything(model)
+    model = trained(block_adam("variable"), 3)
+    before = to_numpy(model.optimizer.variables)
     with pytest.warns(UserWarning, match="must have the blocks"):
         with kb.all_or_nothing(model):
             model.load_weights(tmp_path / "a.weights.h5", skip_mismatch=True)
-    assert same(model.get_weights(), saved.get_weights())
-    count = len(model.variables)
-    assert same(everything(model)[count:], before[count:])
+    assert_same(model.get_weights(), saved.get_weights())
+    assert_same(model.optimizer.variables, before)
 
 
-def test_what_fits_is_loaded(tmp_path):
-    for format in FORMATS:
-        saved = make_model(block_adam(), 2)
-        load, _ = save(saved, format, tmp_path)
-        model = make_model(block_adam(), 3)
-        with kb.all_or_nothing(model):
-            load(model)
-        assert same(everything(model), everything(saved))
+@each_format
+def test_what_fits_is_loaded(format, tmp_path):
+    saved = trained(block_adam(), 2)
+    save(saved, format, tmp_path)
+    model = trained(block_adam(), 3)
+    with kb.all_or_nothing(model):
+        load(model, format, tmp_path)
+    assert_same(state_of(model), state_of(saved))
 
 
 def assert_put_back(model, variables):
-    before = [v.numpy() for v in variables]
-    with pytest.raises(KeyboardInterrupt):
+    with refused(variables, "", KeyboardInterrupt):
         with kb.all_or_nothing(model):
             for variable in variables:
                 variable.assign(variable + 1)
             raise KeyboardInterrupt
-    assert same([v.numpy() for v in variables], before)
 
 
+@pytest.mark.tensorflow
 def test_every_replica_is_put_back():
-    with two_replicas().scope():
-        model = make_model(block_adam())
-    assert_put_back(model, model.variables + model.optimizer.variables)
+    strategy = two_replicas()
+    with strategy.scope():
+        model = trained(block_adam())
+    assert_put_back(model, state_of(model))
     for variable in model.trainable_variables:
-        first, second = variable.value.values
-        assert np.array_equal(first, second)
+        np.testing.assert_array_equal(*local_values(strategy, variable))
 
 
 def test_a_model_that_is_not_compiled():

@@ -10,7 +10,7 @@ import pytest
 
 import keras_blockwise as kb
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 make = runpy.run_path(str(DATA / "make.py"))
 EXPECTED = json.loads((DATA / "expected.json").read_text())
 

@@ -5,17 +5,30 @@ import re
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from cases import CASES
-from cases import make_gradients
-from cases import make_variables
-from cases import program_of
-from cases import slots_of
-from cases import tensors
-from replicas import two_replicas
 
 import keras_blockwise as kb
+from helpers.arrays import assert_close
+from helpers.arrays import assert_same
+from helpers.arrays import refused
+from helpers.arrays import to_numpy
+from helpers.cases import CASES
+from helpers.cases import each_case
+from helpers.cases import make_gradients
+from helpers.cases import make_variables
+from helpers.cases import slots_of
+from helpers.cases import tensors
+from helpers.models import normal
+from helpers.saving import own_variables
+from helpers.tensorflow import tf
+from helpers.training import falling
 from keras_blockwise import state
+
+if tf is not None:
+    from helpers.programs import program_of
+    from helpers.replicas import distribute
+    from helpers.replicas import local_values
+    from helpers.replicas import replica_gradients
+    from helpers.replicas import two_replicas
 
 # The square kernels have default names here, and Dense is what they belong to.
 pytestmark = pytest.mark.filterwarnings("ignore:Names and shapes")
@@ -41,7 +54,6 @@ MIXED = kb.Blocking(
         "embedding/.*": "coordinate",
     },
 )
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
 @pytest.fixture(params=[2, 3, 5])
@@ -50,97 +62,102 @@ def together(request):
     return request.param
 
 
-def build(monkeypatch, together, make, dtypes=("float32",), **kwargs):
+ALONE = 10**6
+
+
+@pytest.fixture
+def keep(monkeypatch):
+    """Sets how many slots of a kind are kept together."""
+    return lambda number: monkeypatch.setattr(state, "TOGETHER", number)
+
+
+@pytest.fixture
+def build(keep):
     """An optimizer and its variables, the dtypes taking turns."""
-    monkeypatch.setattr(state, "TOGETHER", together)
-    variables = [
-        make_variables({path: shape}, dtypes[i % len(dtypes)], seed=i)[0]
-        for i, (path, shape) in enumerate(SHAPES.items())
-    ]
-    optimizer = make(0.1, **{"blocking": MIXED, **kwargs})
-    optimizer.build(variables)
-    return optimizer, variables
+
+    def build(together, make, dtypes=("float32",), **kwargs):
+        keep(together)
+        variables = [
+            make_variables({path: shape}, dtypes[i % len(dtypes)], seed=i)[0]
+            for i, (path, shape) in enumerate(SHAPES.items())
+        ]
+        optimizer = make(0.1, **{"blocking": MIXED, **kwargs})
+        optimizer.build(variables)
+        return optimizer, variables
+
+    return build
 
 
-def train(built, gradients=None, orders=None):
+def step_in_order(built, gradients=None, orders=None):
     """Weights and state after some steps, each on the variables in an order."""
     optimizer, variables = built
     orders = orders or [range(len(variables))]
     for step, given in enumerate(gradients or make_gradients(STEPS, SHAPES)):
-        optimizer.learning_rate = 0.1 / (1 + step)
+        falling(optimizer, step)
         order = orders[step % len(orders)]
-        optimizer.apply(
-            [tensors([given[i]], variables[i].dtype)[0] for i in order],
-            [variables[i] for i in order],
-        )
-    return {
-        **{v.path: v.numpy() for v in variables},
-        **slots_of(optimizer),
-        "iterations": optimizer.iterations.numpy(),
-    }
+        ours = [variables[i] for i in order]
+        dtypes = [variable.dtype for variable in ours]
+        optimizer.apply(tensors([given[i] for i in order], dtypes), ours)
+    return values_of(optimizer, variables)
 
 
-def assert_same(monkeypatch, together, make, gradients=None, orders=None, **kw):
-    """Without XLA, which rounds less often, nothing differs at all."""
-    kw["jit_compile"] = False
-    results = []
-    counts = []
-    for number in (together, 10**6):
-        built = build(monkeypatch, number, make, **kw)
-        results.append(train(built, gradients, orders))
-        counts.append(len(built[0].variables))
-    assert counts[0] < counts[1]
-    assert_equal(*results)
+def values_of(optimizer, variables):
+    named = {variable.path: variable for variable in variables}
+    named["iterations"] = optimizer.iterations
+    return dict(zip(named, to_numpy(named.values()))) | slots_of(optimizer)
 
 
-def assert_equal(actual, expected, tolerance=0.0):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert actual[name].dtype == value.dtype, name
-        assert actual[name].shape == value.shape, name
-        np.testing.assert_allclose(
-            np.float64(actual[name]),
-            np.float64(value),
-            tolerance,
-            tolerance,
-            err_msg=name,
-        )
+@pytest.fixture
+def assert_alike(build):
+    """Whether or not slots are kept together, steps end in the same numbers."""
+
+    def assert_alike(together, make, gradients=None, orders=None, **kwargs):
+        # Without XLA, which rounds less often, nothing differs at all.
+        built = [
+            build(number, make, **kwargs, jit_compile=False)
+            for number in (together, ALONE)
+        ]
+        counts = [len(optimizer.variables) for optimizer, _ in built]
+        assert counts[0] < counts[1]
+        assert_same(*(step_in_order(own, gradients, orders) for own in built))
+
+    return assert_alike
 
 
-@by_case
+@each_case
 @pytest.mark.parametrize("blocking", ["layer", "output_unit", MIXED], ids=str)
-def test_a_step_is_that_of_each_by_itself(monkeypatch, case, blocking):
-    assert_same(monkeypatch, 2, case.make, blocking=blocking)
+def test_a_step_is_that_of_each_by_itself(assert_alike, case, blocking):
+    assert_alike(2, case.make, blocking=blocking)
 
 
-def test_one_accumulator_of_all(monkeypatch):
-    assert_same(monkeypatch, 3, kb.BAGM, blocking="model")
+def test_one_accumulator_of_all(assert_alike):
+    assert_alike(3, kb.BAGM, blocking="model")
 
 
-def test_any_number_together(monkeypatch, together):
-    assert_same(monkeypatch, together, kb.BlockAdam, amsgrad=True)
+def test_any_number_together(assert_alike, together):
+    assert_alike(together, kb.BlockAdam, amsgrad=True)
 
 
-@by_case
-def test_compiled(monkeypatch, case):
+@each_case
+def test_compiled(build, case):
     results = [
-        train(build(monkeypatch, number, case.make, jit_compile=True))
-        for number in (2, 10**6)
+        step_in_order(build(number, case.make, jit_compile=True))
+        for number in (2, ALONE)
     ]
-    assert_equal(*results, tolerance=2e-6)
+    assert_close(*results, 2e-6, 2e-6)
 
 
-@by_case
-def test_steps_on_some_of_the_variables(monkeypatch, case, together):
+@each_case
+def test_steps_on_some_of_the_variables(assert_alike, case, together):
     """In another order, and with one or none of those kept together."""
     orders = [[7, 2, 0], [1], list(range(8)), [3, 6, 5]]
-    assert_same(monkeypatch, together, case.make, orders=orders)
+    assert_alike(together, case.make, orders=orders)
 
 
-def test_what_has_no_step_stays_as_it_is(monkeypatch):
-    built = build(monkeypatch, 2, kb.BlockAdam, jit_compile=True)
-    before = train(built)
-    after = train(built, make_gradients(1, SHAPES, seed=5), [[0, 1, 5]])
+def test_what_has_no_step_stays_as_it_is(build):
+    built = build(2, kb.BlockAdam, jit_compile=True)
+    before = step_in_order(built)
+    after = step_in_order(built, make_gradients(1, SHAPES, seed=5), [[0, 1, 5]])
     stepped = ("dense_kernel", "dense_bias", "conv")
     for name, value in before.items():
         if name.replace("/", "_").startswith(stepped):
@@ -149,26 +166,25 @@ def test_what_has_no_step_stays_as_it_is(monkeypatch):
             np.testing.assert_array_equal(after[name], value, name)
 
 
-def test_weight_decay_of_some(monkeypatch, together):
+def test_weight_decay_of_some(build, assert_alike, together):
     def make(*args, **kwargs):
         optimizer = kb.BAGM(*args, weight_decay=0.25, **kwargs)
         optimizer.exclude_from_weight_decay(var_names=["bias"])
         return optimizer
 
-    assert_same(monkeypatch, together, make)
-    optimizer, variables = build(monkeypatch, together, make)
-    before = [v.numpy() for v in variables]
+    assert_alike(together, make)
+    optimizer, variables = build(together, make)
+    before = to_numpy(variables)
     optimizer.learning_rate = 0.5
-    optimizer.apply([tf.zeros(v.shape) for v in variables])
+    optimizer.apply(tensors([np.zeros(v.shape) for v in variables]))
     for variable, value in zip(variables, before):
         factor = 1.0 if "bias" in variable.name else 0.875
         np.testing.assert_allclose(variable, factor * value, 1e-6)
 
 
 @pytest.mark.parametrize("momentum_dtype", [None, "bfloat16"])
-def test_several_dtypes(monkeypatch, together, momentum_dtype):
-    assert_same(
-        monkeypatch,
+def test_several_dtypes(assert_alike, together, momentum_dtype):
+    assert_alike(
         together,
         kb.BlockAdam,
         dtypes=("float32", "bfloat16", "float64"),
@@ -177,103 +193,74 @@ def test_several_dtypes(monkeypatch, together, momentum_dtype):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_step_that_is_not_finite_is_left_out(monkeypatch, jit_compile):
+def test_a_step_that_is_not_finite_is_left_out(build, jit_compile):
     gradients = make_gradients(3, SHAPES)
     finite = [gradients[0], gradients[2]]
     gradients[1][3] = np.array([1.0, np.inf, 1.0])
     results = []
     for given in (gradients, finite):
-        built = build(
-            monkeypatch,
-            2,
-            kb.BAGM,
-            skip_nonfinite=True,
-            jit_compile=jit_compile,
+        optimizer, variables = build(
+            2, kb.BAGM, skip_nonfinite=True, jit_compile=jit_compile
         )
-        built[0].learning_rate = 0.1
-        optimizer, variables = built
         for values in given:
-            optimizer.apply(tensors(values, "float32"), variables)
-        results.append(
-            {**{v.path: v.numpy() for v in variables}, **slots_of(optimizer)}
-        )
-    assert_equal(*results)
+            optimizer.apply(tensors(values), variables)
+        results.append(values_of(optimizer, variables))
+    assert_same(*results)
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("case", CASES[1:5], ids=lambda case: case.id)
-def test_replicas_with_data_of_their_own(monkeypatch, case):
+def test_replicas_with_data_of_their_own(build, case):
     strategy = two_replicas()
-    replicas = [make_gradients(STEPS, SHAPES, seed) for seed in range(2)]
+    steps, sums = replica_gradients(strategy, STEPS, SHAPES)
     with strategy.scope():
-        optimizer, variables = build(monkeypatch, 2, case.make)
+        optimizer, variables = build(2, case.make)
 
     @tf.function(autograph=False)
     def step(*given):
         strategy.run(lambda *given: optimizer.apply(given), given)
 
-    for pair in zip(*replicas):
-        values = [
-            [tf.constant(x, "float32") for x in given] for given in zip(*pair)
-        ]
-        step(
-            *(
-                strategy.experimental_distribute_values_from_function(
-                    lambda context, own=own: own[
-                        context.replica_id_in_sync_group
-                    ]
-                )
-                for own in values
-            )
-        )
-    one, own_variables = build(monkeypatch, 10**6, case.make, jit_compile=False)
-    for pair in zip(*replicas):
-        sums = [np.add(*given) for given in zip(*pair)]
-        one.apply(tensors(sums, "float32"), own_variables)
-    assert_equal(slots_of(optimizer), slots_of(one), 2e-6)
+    for replicas in steps:
+        step(*distribute(strategy, list(map(tensors, replicas))))
+    one, own_variables = build(ALONE, case.make, jit_compile=False)
+    for given in sums:
+        one.apply(tensors(given), own_variables)
+    assert_close(slots_of(optimizer), slots_of(one), 2e-6, 2e-6)
     for variable, other in zip(variables, own_variables):
-        values = strategy.experimental_local_results(variable.value)
+        values = local_values(strategy, variable)
         np.testing.assert_array_equal(*values)
         np.testing.assert_allclose(values[0], other, 2e-6, 2e-6)
 
 
-@by_case
-def test_a_saved_state_does_not_tell(monkeypatch, case):
+@each_case
+def test_a_saved_state_does_not_tell(build, case):
     """Each slot is saved by itself, so either loads what the other saved."""
     built = [
-        build(monkeypatch, number, case.make, use_ema=True, jit_compile=False)
-        for number in (2, 10**6, 3)
+        build(number, case.make, use_ema=True, jit_compile=False)
+        for number in (2, ALONE, 3)
     ]
     for own in built[:2]:
-        train(own)
-    built[2][0].load_own_variables(saved(built[0][0]))
-    together, alone, loaded = [saved(optimizer) for optimizer, _ in built]
-    assert together.keys() == alone.keys() == loaded.keys()
-    for key, value in alone.items():
-        np.testing.assert_array_equal(together[key], value)
-        np.testing.assert_array_equal(loaded[key], value)
+        step_in_order(own)
+    built[2][0].load_own_variables(own_variables(built[0][0]))
+    together, alone, loaded = [own_variables(o) for o, _ in built]
+    assert_same(together, alone)
+    assert_same(loaded, alone)
 
 
-def saved(optimizer):
-    store = {}
-    optimizer.save_own_variables(store)
-    return store
-
-
-def test_a_state_with_other_blocks_is_refused_whole(monkeypatch):
-    other, _ = build(monkeypatch, 2, kb.BAGM, blocking="variable")
-    loading, _ = build(monkeypatch, 2, kb.BAGM)
-    before = slots_of(loading)
+def test_a_state_with_other_blocks_is_refused_whole(build):
+    other, _ = build(2, kb.BAGM, blocking="variable")
+    loading, _ = build(2, kb.BAGM)
     message = r"'dense_kernel_velocity' is kernel/velocity \(\)\. Received: "
-    with pytest.raises(ValueError, match=message):
-        loading.load_own_variables(saved(other))
-    assert_equal(slots_of(loading), before)
+    with refused(loading.variables, message):
+        loading.load_own_variables(own_variables(other))
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("built_before", [False, True])
-def test_checkpoint_goes_on(monkeypatch, tmp_path, built_before):
+def test_checkpoint_goes_on(build, tmp_path, built_before):
     gradients = make_gradients(6, SHAPES)
-    optimizer, variables = build(monkeypatch, 2, kb.BAGM)
-    train((optimizer, variables), gradients[:3])
+    optimizer, variables = build(2, kb.BAGM)
+    step_in_order((optimizer, variables), gradients[:3])
     checkpoint = tf.train.Checkpoint(optimizer=optimizer)
     path = checkpoint.save(tmp_path / "checkpoint")
     resumed = kb.BAGM(0.1, blocking=MIXED)
@@ -284,27 +271,25 @@ def test_checkpoint_goes_on(monkeypatch, tmp_path, built_before):
         resumed.build(own_variables)
     tf.train.Checkpoint(optimizer=resumed).restore(path)
     resumed.build(own_variables)
-    assert_equal(slots_of(resumed), slots_of(optimizer))
+    assert_same(slots_of(resumed), slots_of(optimizer))
     results = [
-        train((o, v), gradients[3:])
+        step_in_order((o, v), gradients[3:])
         for o, v in [(optimizer, variables), (resumed, own_variables)]
     ]
-    assert_equal(*results)
+    assert_same(*results)
 
 
-def test_state_moves_to_other_blocks(monkeypatch):
+def test_state_moves_to_other_blocks(build, keep):
     targets = []
-    for number in (2, 10**6):
-        source, variables = build(
-            monkeypatch, number, kb.BlockAdam, jit_compile=False
-        )
-        train((source, variables))
-        monkeypatch.setattr(state, "TOGETHER", 3)
+    for number in (2, ALONE):
+        source, variables = build(number, kb.BlockAdam, jit_compile=False)
+        step_in_order((source, variables))
+        keep(3)
         target = kb.BlockAdam(blocking="model")
         target.build(variables)
         kb.convert_state(source, target)
         targets.append(slots_of(target))
-    assert_equal(*targets)
+    assert_same(*targets)
     assert (targets[0]["conv_kernel_momentum"] != 0).all()
 
 
@@ -327,6 +312,7 @@ def test_sixteen_small_ones_of_a_kind_are_one_variable():
     assert sizes[4:10] == [(4095,)] * 6
 
 
+@pytest.mark.tensorflow
 def test_alike_programs_for_alike_variables():
     """XLA compiles once what is the same but for its arguments."""
     kernels = []
@@ -352,8 +338,7 @@ def test_fit_saves_and_goes_on(tmp_path):
         model.compile(kb.BlockAdam(0.01), "mse")
         return model
 
-    rng = np.random.default_rng(0)
-    data = rng.normal(size=(8, 4)), rng.normal(size=(8, 4))
+    data = normal((8, 4), (8, 4))
     model = make()
     model.fit(*data, verbose=0)
     assert any(v.name == "small_momentum" for v in model.optimizer.variables)

@@ -1,6 +1,6 @@
 """Trains a model, kills the training twenty times, and resumes it.
 
-    python tests/killed_worker.py FOLDER
+    python -m workers.killed FOLDER
 
 writes what has become of it, and of a training that nobody killed, to
 FOLDER/report.json, FOLDER/killed/end.npz and FOLDER/whole/end.npz.
@@ -30,6 +30,9 @@ import numpy as np
 import tensorflow as tf
 
 import keras_blockwise as kb
+from helpers.models import mlp
+from helpers.models import product_data
+from helpers.models import state_of
 
 KILLS = 20
 STEPS_PER_EPOCH = 15
@@ -37,22 +40,14 @@ EPOCHS = 14
 STEPS = EPOCHS * STEPS_PER_EPOCH
 
 
-def batch(step: int) -> tuple[Any, Any]:
+def batch_of(step: int) -> tuple[Any, Any]:
     """The batch of a step, whichever process asks for it."""
-    rng = np.random.default_rng(step)
-    x = rng.normal(size=(4, 3)).astype("float32")
-    return x, x[:, :1] * x[:, 1:2]
+    return product_data(4, seed=step)
 
 
-def make_model() -> keras.Model:
+def new_model() -> keras.Model:
     keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((3,)),
-            keras.layers.Dense(4, activation="tanh", name="hidden"),
-            keras.layers.Dense(1, name="out"),
-        ]
-    )
+    model = mlp()
     schedule = keras.optimizers.schedules.CosineDecay(0.05, STEPS)
     optimizer = kb.BlockAdam(schedule, weight_decay=0.01, use_ema=True)
     optimizer.build(model.trainable_variables)
@@ -72,7 +67,7 @@ def mend(folder: Path) -> None:
     epoch = folder / "training_metadata.json"
     if weights.exists():
         try:
-            make_model().load_weights(weights)
+            new_model().load_weights(weights)
         except (OSError, RuntimeError, KeyError):  # What h5py raises.
             if before.exists():
                 shutil.copy(before, weights)
@@ -106,17 +101,17 @@ class Progress(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
-def train(folder: Path, pipe: int) -> None:
+def train_in(folder: Path, pipe: int) -> None:
     # This raises an error if TensorFlow had started before the fork.
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     mend(folder / "backup")
-    model = make_model()
+    model = new_model()
     optimizer = model.optimizer
 
     def batches() -> Iterator[Any]:
         # Keras restores the epoch, not the batch; the optimizer has counted.
-        return map(batch, itertools.count(int(optimizer.iterations)))
+        return map(batch_of, itertools.count(int(optimizer.iterations)))
 
     data = tf.data.Dataset.from_generator(
         batches,
@@ -139,8 +134,7 @@ def train(folder: Path, pipe: int) -> None:
         verbose=0,
         callbacks=[backup, Progress(pipe)],
     )
-    state = [v.numpy() for v in model.variables + optimizer.variables]
-    np.savez(folder / "end.npz", *state)
+    np.savez(folder / "end.npz", *map(np.array, state_of(model)))
 
 
 def start(folder: Path) -> tuple[int, int]:
@@ -152,7 +146,7 @@ def start(folder: Path) -> tuple[int, int]:
         return process, reader
     try:
         os.close(reader)
-        train(folder, writer)
+        train_in(folder, writer)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -55,13 +55,11 @@ def test_two_calls_have_the_numbers_of_one(case, blocking):
     one, two = [
         case.make(blocking=blocking, weight_decay=0.1) for _ in range(2)
     ]
-    expected = train_all(one, eager)
-    actual = train_all(two, graph)
+    ends = train_all(one, eager), train_all(two, graph)
     assert indices_of_calls(one) == ALL
-    assert indices_of_calls(two) == (
-        BY_LAYER if blocking == "layer" else BY_VARIABLE
-    )
-    assert_equal(actual, expected)
+    expected = BY_LAYER if blocking == "layer" else BY_VARIABLE
+    assert indices_of_calls(two) == expected
+    assert_equal(*ends)
 
 
 @pytest.mark.parametrize(

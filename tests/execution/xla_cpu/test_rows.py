@@ -69,10 +69,9 @@ def is_cut(short_rows, cut_from):
         for least in (1, 10**9):
             cut_from(least)
             optimizer = make(jit_compile=True)
-            variables = make_variables(SHAPES, dtype)
-            results.append(
-                train(optimizer, variables, gradients, before=falling)
-            )
+            weights = make_variables(SHAPES, dtype)
+            ends = train(optimizer, weights, gradients, before=falling)
+            results.append(ends)
             loops.append(has_loop(compiled_functions(optimizer)[0]))
         assert not loops[1]
         assert_close(*results, 2e-6, atol)
