@@ -24,7 +24,9 @@ def checkpoint_of(model):
 def save(model, format, folder):
     """Saves, and returns the files that it made."""
     if format == "checkpoint":
-        checkpoint_of(model).save(str(folder / "state"))
+        tf.train.CheckpointManager(
+            checkpoint_of(model), str(folder), 1, checkpoint_name="state"
+        ).save()
         return sorted(folder.glob("state-1.*"))
     path = folder / FILES[format]
     model.save(path) if format == "keras" else model.save_weights(path)

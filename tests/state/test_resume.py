@@ -1,55 +1,64 @@
 """A job that is resumed in a new process ends as one that went on, bitwise."""
 
 import pickle
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-import resume_worker
-import tensorflow as tf
-from resume_worker import DEFAULT
-from resume_worker import OPTIMIZERS
-from resume_worker import SETTINGS
 
 import keras_blockwise as kb
+from helpers.arrays import assert_close
+from helpers.arrays import assert_differ
+from helpers.arrays import assert_same
+from helpers.cases import OPTIMIZERS
+from helpers.processes import run_python
+from helpers.saving import checkpoint_of
+from helpers.tensorflow import tf
+from workers import resume as worker
+from workers.resume import DEFAULT
+from workers.resume import SETTINGS
+
+if tf is not None:
+    from helpers.replicas import two_replicas
 
 
-def run(numbers, folder):
-    """Outcomes of training in this process, and of resuming in another."""
-    here = {
-        n: resume_worker.outcome(
-            resume_worker.train, SETTINGS[n], folder / str(n)
+def numbers_of(settings):
+    """Parameters: the number of each of some settings."""
+    return [
+        pytest.param(
+            SETTINGS.index(setting),
+            id=setting.id,
+            marks=[pytest.mark.tensorflow] if setting.needs_tensorflow else [],
         )
+        for setting in settings
+    ]
+
+
+def outcomes_of(settings, folder):
+    """Outcomes of training in this process, and of resuming in another."""
+    numbers = [
+        SETTINGS.index(setting)
+        for setting in settings
+        if tf is not None or not setting.needs_tensorflow
+    ]
+    here = {
+        n: worker.outcome(worker.begin, SETTINGS[n], folder / str(n))
         for n in numbers
     }
-    command = [sys.executable, resume_worker.__file__, str(folder)]
-    done = subprocess.run(
-        [*command, *map(str, numbers)],
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python("-m", "workers.resume", folder, *numbers)
     there = pickle.loads((folder / "outcomes.pickle").read_bytes())
     return {n: (here[n], there[n]) for n in numbers}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return run(range(len(DEFAULT)), tmp_path_factory.mktemp("default"))
+    return outcomes_of(DEFAULT, tmp_path_factory.mktemp("default"))
 
 
 @pytest.fixture(scope="module")
 def more_outcomes(tmp_path_factory):
-    numbers = range(len(DEFAULT), len(SETTINGS))
-    return run(numbers, tmp_path_factory.mktemp("more"))
-
-
-def assert_same(actual, expected):
-    for a, b in zip(actual, expected, strict=True):
-        np.testing.assert_array_equal(a, b)
+    more = SETTINGS[len(DEFAULT) :]
+    return outcomes_of(more, tmp_path_factory.mktemp("more"))
 
 
 def assert_resumed(setting, here, there):
@@ -59,44 +68,30 @@ def assert_resumed(setting, here, there):
     assert_same(restored, saved)
     assert len(losses) == 6
     assert len(set(losses)) > 3
-    assert not all(map(np.array_equal, saved, end))
+    assert_differ(saved, end)
     if setting.resumed:
         # The same numbers are added up, in another order.
-        np.testing.assert_allclose(more_losses, losses, 1e-5)
-        for a, b in zip(more_end, end, strict=True):
-            np.testing.assert_allclose(a, b, 1e-4, 1e-6)
+        assert_close(more_losses, losses, 1e-5)
+        assert_close(more_end, end, 1e-4, 1e-6)
     else:
         assert more_losses == losses
         assert_same(more_end, end)
 
 
-@pytest.mark.parametrize(
-    "n", range(len(DEFAULT)), ids=[setting.id for setting in DEFAULT]
-)
+@pytest.mark.parametrize("n", numbers_of(DEFAULT))
 def test_resumes(n, outcomes):
     assert_resumed(SETTINGS[n], *outcomes[n])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "n",
-    range(len(DEFAULT), len(SETTINGS)),
-    ids=[setting.id for setting in SETTINGS[len(DEFAULT) :]],
-)
+@pytest.mark.parametrize("n", numbers_of(SETTINGS[len(DEFAULT) :]))
 def test_resumes_more(n, more_outcomes):
     assert_resumed(SETTINGS[n], *more_outcomes[n])
 
 
 def test_every_optimizer_is_here():
-    classes = {cls for cls, _ in OPTIMIZERS.values()}
-    optimizers = {
-        value
-        for value in map(vars(kb).get, kb.__all__)
-        if isinstance(value, type)
-        and issubclass(value, keras.optimizers.Optimizer)
-    }
-    assert classes == optimizers
-    assert {setting.optimizer for setting in DEFAULT} == {*OPTIMIZERS}
+    assert {cls for cls, _ in worker.OPTIMIZERS.values()} == set(OPTIMIZERS)
+    assert {setting.optimizer for setting in DEFAULT} == {*worker.OPTIMIZERS}
 
 
 def make_trained(optimizer):
@@ -112,20 +107,20 @@ def make_trained(optimizer):
 FULL = {"use_ema": True, "gradient_accumulation_steps": 2}
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "Keras's Adam"])
+@pytest.mark.parametrize("name", [*worker.OPTIMIZERS, "Keras's Adam"])
 def test_tf_checkpoint_has_all_of_the_state(name, built, tmp_path):
     def make():
         if name == "Keras's Adam":
             return keras.optimizers.Adam(0.1, **FULL)
-        cls, kwargs = OPTIMIZERS[name]
+        cls, kwargs = worker.OPTIMIZERS[name]
         return cls(
             0.1, jit_compile=False, skip_nonfinite=True, **FULL, **kwargs
         )
 
     model = make_trained(make())
-    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
-    path = checkpoint.save(str(tmp_path / "checkpoint"))
+    path = checkpoint_of(model).save(str(tmp_path / "checkpoint"))
     other = keras.models.clone_model(model)
     # A model has its optimizer in a checkpoint as well.
     other.compile(optimizer := make(), "mse")
@@ -136,17 +131,15 @@ def test_tf_checkpoint_has_all_of_the_state(name, built, tmp_path):
     if not built:  # Each variable gets its value when it is made.
         optimizer.build(other.trainable_variables)
     status.assert_consumed()
-    assert_same(
-        [v.numpy() for v in optimizer.variables],
-        [v.numpy() for v in model.optimizer.variables],
-    )
+    assert_same(optimizer.variables, model.optimizer.variables)
     assert_same(other.get_weights(), model.get_weights())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("name", worker.OPTIMIZERS)
 @pytest.mark.parametrize("how", ["export", "saved_model"])
 def test_exports_with_the_optimizer_attached(name, how, tmp_path):
-    cls, kwargs = OPTIMIZERS[name]
+    cls, kwargs = worker.OPTIMIZERS[name]
     model = make_trained(
         cls(0.1, jit_compile=False, skip_nonfinite=True, **FULL, **kwargs)
     )
@@ -163,11 +156,12 @@ def test_exports_with_the_optimizer_attached(name, how, tmp_path):
     model.train_on_batch(x, np.ones((3, 2)))  # And goes on.
 
 
+@pytest.mark.tensorflow
 def test_keras_cannot_accumulate_gradients_on_replicas():
     # Neither with our optimizers nor its own: "merge_call called while
     # defining a new graph or a tf.function", from within its `cond`. When
-    # this fails, the settings of `resume_worker.py` can have it, too.
-    strategy = resume_worker.strategy_of("replicas")
+    # this fails, the settings of `workers/resume.py` can have it, too.
+    strategy = two_replicas()
     for make in keras.optimizers.Adam, kb.BlockAdam:
         with strategy.scope():
             weight = keras.Variable([1.0, 2.0])

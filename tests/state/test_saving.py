@@ -326,9 +326,8 @@ def test_state_that_fits_is_loaded_whole(case):
 
 
 def test_momentum_dtype_is_saved(tmp_path):
-    model = compiled_eagerly(
-        kb.BlockAdam(momentum_dtype="bfloat16", jit_compile=False)
-    )
+    optimizer = kb.BlockAdam(momentum_dtype="bfloat16", jit_compile=False)
+    model = compiled_eagerly(optimizer)
     model.train_on_batch(*DATA)
     model.save(tmp_path / "model.keras")
     restored = keras.models.load_model(tmp_path / "model.keras")

@@ -1,11 +1,12 @@
 """Trains, saves and goes on: one half of `test_resume.py` in each process.
 
-    python tests/resume_worker.py FOLDER NUMBER...
+    python -m workers.resume FOLDER NUMBER...
 
 goes on with the settings of these numbers from what is in FOLDER, and writes
 there what has become of them.
 """
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -15,13 +16,18 @@ from pathlib import Path
 from typing import Any
 from typing import NamedTuple
 
-import conftest  # noqa: F401 (two devices)
 import keras
-import numpy as np
-import tensorflow as tf
-from replicas import two_replicas
 
 import keras_blockwise as kb
+from helpers import devices
+from helpers.arrays import to_numpy
+from helpers.models import HAS_XLA
+from helpers.models import mlp
+from helpers.models import product_data
+from helpers.models import state_of
+from helpers.saving import dtype_policy
+from helpers.saving import load
+from helpers.saving import save
 
 OPTIMIZERS = {
     "BlockAdam": (kb.BlockAdam, {"amsgrad": True, "weight_decay": 0.01}),
@@ -41,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"run_eagerly": True},
     "graph": {"jit_compile": False},
-    "xla": {"jit_compile": True},
+    "xla": {"jit_compile": HAS_XLA},
     "replicas": {},
 }
 # How often the state is saved in these is up to a callback.
@@ -68,6 +74,11 @@ class Setting(NamedTuple):
     def id(self) -> str:
         return "-".join(filter(None, self))
 
+    @property
+    def needs_tensorflow(self) -> bool:
+        modes = (self.mode, self.resumed)
+        return self.format == "checkpoint" or "replicas" in modes
+
 
 class Recorder(keras.callbacks.Callback):
     """The state in the middle, and the losses after it."""
@@ -80,7 +91,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if epoch == EPOCHS // 2:
-            self.state = state(self.model)
+            self.state = to_numpy(state_of(self.model))
             now, middle = self.folder / "now", self.folder / "middle"
             if now.exists() and not middle.exists():
                 shutil.copytree(now, middle)
@@ -90,15 +101,9 @@ class Recorder(keras.callbacks.Callback):
             self.losses.append(logs["loss"])
 
 
-def make_model(setting: Setting, mode: str) -> keras.Model:
+def model_of(setting: Setting, mode: str) -> keras.Model:
     keras.utils.set_random_seed(0)
-    model = keras.Sequential(
-        [
-            keras.Input((3,)),
-            keras.layers.Dense(4, activation="tanh", name="hidden"),
-            keras.layers.Dense(1, name="out", dtype="float32"),
-        ]
-    )
+    model = mlp()
     cls, kwargs = OPTIMIZERS[setting.optimizer]
     schedule = keras.optimizers.schedules.ExponentialDecay(0.02, 10, 0.5)
     # The update is compiled in all modes but one.
@@ -113,16 +118,10 @@ def make_model(setting: Setting, mode: str) -> keras.Model:
     return model
 
 
-def state(model: keras.Model) -> list[Any]:
-    return [v.numpy() for v in model.variables + model.optimizer.variables]
-
-
-def fit(model: keras.Model, start: int, *callbacks: Any, end: int) -> None:
-    rng = np.random.default_rng(5)
-    x = rng.normal(size=(12, 3)).astype("float32")
-    data = tf.data.Dataset.from_tensor_slices((x, x[:, :1] * x[:, 1:2]))
+def fit_from(model: keras.Model, start: int, *callbacks: Any, end: int) -> None:
     model.fit(
-        data.batch(4),
+        *product_data(12),
+        batch_size=4,
         initial_epoch=start,
         epochs=end,
         shuffle=False,
@@ -131,48 +130,34 @@ def fit(model: keras.Model, start: int, *callbacks: Any, end: int) -> None:
     )
 
 
-def strategy_of(mode: str) -> Any:
+def scope_of(mode: str) -> Any:
     if mode != "replicas":
-        return tf.distribute.get_strategy()
-    return two_replicas()
+        return contextlib.nullcontext()
+    from helpers.replicas import two_replicas
+
+    return two_replicas().scope()
 
 
-def train(setting: Setting, folder: Path) -> Any:
+def begin(setting: Setting, folder: Path) -> Any:
     """Trains to the end, and saves on the way."""
     folder.mkdir()
-    with strategy_of(setting.mode).scope():
-        model = make_model(setting, setting.mode)
+    with scope_of(setting.mode):
+        model = model_of(setting, setting.mode)
         recorder = Recorder(folder)
         if setting.format in CALLBACKS:
             callback = CALLBACKS[setting.format](folder)
-            fit(model, 0, recorder, callback, end=EPOCHS)
+            fit_from(model, 0, recorder, callback, end=EPOCHS)
         else:
-            fit(model, 0, end=EPOCHS // 2)
+            fit_from(model, 0, end=EPOCHS // 2)
             save(model, setting.format, folder)
-            fit(model, EPOCHS // 2, recorder, end=EPOCHS)
-    return recorder.state, recorder.losses, state(model)
-
-
-def save(model: keras.Model, format: str, folder: Path) -> None:
-    if format == "keras":
-        model.save(folder / "model.keras")
-    elif format == "weights":
-        model.save_weights(folder / "model.weights.h5")
-    else:
-        manager_of(model, folder).save()
-
-
-def manager_of(model: keras.Model, folder: Path) -> Any:
-    checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
-    return tf.train.CheckpointManager(
-        checkpoint, str(folder / "checkpoints"), max_to_keep=1
-    )
+            fit_from(model, EPOCHS // 2, recorder, end=EPOCHS)
+    return recorder.state, recorder.losses, to_numpy(state_of(model))
 
 
 def resume(setting: Setting, folder: Path) -> Any:
-    """Goes on from what `train` has saved, which was in another process."""
+    """Goes on from what `begin` has saved, which was in another process."""
     mode = setting.resumed or setting.mode
-    with strategy_of(mode).scope():
+    with scope_of(mode):
         recorder = Recorder(folder)
         callbacks: list[Any] = [recorder]
         if setting.format in ("keras", "model_checkpoint"):
@@ -183,39 +168,32 @@ def resume(setting: Setting, folder: Path) -> Any:
             if mode != setting.mode:
                 model.compile(model.optimizer, "mse", **MODES[mode])
         else:
-            model = make_model(setting, mode)
+            model = model_of(setting, mode)
             for variable in model.variables:
                 variable.assign(variable + 1.0)
-        if setting.format == "weights":
+        if setting.format in ("weights", "checkpoint"):
             model.optimizer.build(model.trainable_variables)
-            model.load_weights(folder / "model.weights.h5")
-        elif setting.format == "checkpoint":
-            model.optimizer.build(model.trainable_variables)
-            manager = manager_of(model, folder)
-            path = manager.latest_checkpoint
-            manager.checkpoint.restore(path).assert_consumed()
+            load(model, setting.format, folder)
         start = EPOCHS // 2
         if setting.format == "backup":
             (folder / "now").rename(folder / "end")
             shutil.copytree(folder / "middle", folder / "now")
             callbacks.append(CALLBACKS["backup"](folder))
             start = 0  # The callback knows better.
-        fit(model, start, *callbacks, end=EPOCHS)
-    return recorder.state, recorder.losses, state(model)
+        fit_from(model, start, *callbacks, end=EPOCHS)
+    return recorder.state, recorder.losses, to_numpy(state_of(model))
 
 
 def outcome(function: Any, setting: Setting, folder: Path) -> Any:
     """What `function` returns, or the text of its error."""
     keras.backend.clear_session()
-    if setting.option == "mixed_float16":
-        # Also for loading: `load_model` scales the loss by the policy it finds.
-        keras.config.set_dtype_policy("mixed_float16")
-    try:
-        return function(setting, folder)
-    except Exception:  # For the test of this setting alone.
-        return traceback.format_exc()
-    finally:
-        keras.config.set_dtype_policy("float32")
+    mixed = setting.option == "mixed_float16"
+    # Also for loading: `load_model` scales the loss by the policy it finds.
+    with dtype_policy("mixed_float16" if mixed else "float32"):
+        try:
+            return function(setting, folder)
+        except Exception:  # For the test of this setting alone.
+            return traceback.format_exc()
 
 
 DEFAULT = [
@@ -261,6 +239,7 @@ SETTINGS = [*DEFAULT, *sorted(EVERY - {*DEFAULT})]
 
 
 def main() -> None:
+    devices.set_up()
     folder = Path(sys.argv[1])
     outcomes = {}
     for number in map(int, sys.argv[2:]):
