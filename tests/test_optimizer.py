@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import keras_blockwise as kb
-from helpers.arrays import assert_close
-from helpers.arrays import assert_differ
+from helpers import arrays
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
 from helpers.cases import CASES
@@ -59,7 +58,7 @@ def apply(optimizer, gradients, *weights):
     return optimizer.apply(tensors(gradients), *weights)
 
 
-def trained(optimizer, weights, steps=4, transform=None, before=None):
+def moved(optimizer, weights, steps=4, transform=None, before=None):
     """The weights after some steps."""
     gradients = map(gradients_at, range(steps))
     if transform:
@@ -68,8 +67,8 @@ def trained(optimizer, weights, steps=4, transform=None, before=None):
     return values(weights)
 
 
-assert_near = functools.partial(assert_close, rtol=2e-6, atol=1e-7)
-assert_differ = functools.partial(assert_differ, least=1e-3)
+assert_close = functools.partial(arrays.assert_close, rtol=2e-6, atol=1e-7)
+assert_differ = functools.partial(arrays.assert_differ, least=1e-3)
 
 
 def norm(*arrays):
@@ -89,12 +88,12 @@ OPTIONS = {
 @each_case
 def test_transformed_gradients(case, option):
     optimizer, by_hand = make(case, **{option: 0.5}), make(case)
-    actual = trained(optimizer, make_weights())
-    expected = trained(by_hand, make_weights(), transform=OPTIONS[option])
-    assert_near(actual, expected)
+    actual = moved(optimizer, make_weights())
+    expected = moved(by_hand, make_weights(), transform=OPTIONS[option])
+    assert_close(actual, expected)
     # The state too: some weights do not depend on the scale of a gradient.
-    assert_near(values(optimizer.variables), values(by_hand.variables))
-    trained(without := make(case), make_weights())
+    assert_close(values(optimizer.variables), values(by_hand.variables))
+    moved(without := make(case), make_weights())
     assert_differ(values(optimizer.variables), values(without.variables))
 
 
@@ -122,9 +121,9 @@ def test_weight_decay(case, exclude):
         for weight in by_hand if all_decay else by_hand[:1]:
             weight.assign(weight.numpy() * (1 - LR * 0.5))
 
-    actual = trained(optimizer, weights)
-    assert_near(actual, trained(make(case), by_hand, before=decay))
-    assert_differ(actual, trained(make(case), make_weights()))
+    actual = moved(optimizer, weights)
+    assert_close(actual, moved(make(case), by_hand, before=decay))
+    assert_differ(actual, moved(make(case), make_weights()))
 
 
 @pytest.mark.parametrize("frequency", [None, 2])
@@ -150,11 +149,11 @@ def test_ema(case, frequency):
         if frequency and step % frequency == frequency - 1:
             for weight, average in zip(expected, averages):
                 weight.assign(average)
-        assert_near(values(weights), values(expected))
+        assert_close(values(weights), values(expected))
     if frequency is None:
         assert_differ(values(weights), averages)
     optimizer.finalize_variable_values(weights)
-    assert_near(values(weights), averages)
+    assert_close(values(weights), averages)
 
 
 @each_case
@@ -169,7 +168,7 @@ def test_gradient_accumulation(case):
             if i < 2:
                 assert_same(values(weights), values(expected))
         apply(plain, [sum(gs) / 3 for gs in zip(*parts)], expected)
-        assert_near(values(weights), values(expected))
+        assert_close(values(weights), values(expected))
     assert int(optimizer.iterations) == 2
 
 
@@ -177,8 +176,8 @@ def test_gradient_accumulation(case):
 def test_loss_scale_optimizer(case):
     weights, inner = make_weights(), make(case)
     wrapper = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0)
-    actual = trained(wrapper, weights, transform=lambda gs: [8 * g for g in gs])
-    assert_near(actual, trained(make(case), make_weights()))
+    actual = moved(wrapper, weights, transform=lambda gs: [8 * g for g in gs])
+    assert_close(actual, moved(make(case), make_weights()))
 
     state = values(inner.variables)
     kernel, bias = gradients_at(4)
@@ -211,20 +210,20 @@ def test_learning_rate(case, kind):
         elif kind == "set schedule" and step == 0:
             optimizer.learning_rate = schedule
 
-    actual = trained(optimizer, make_weights(), before=before)
+    actual = moved(optimizer, make_weights(), before=before)
     by_hand = make(case, 1.0)
     by_hand.build(weights := make_weights())
     for step in range(4):
         by_hand.variables[1].assign(halved(step))
         apply(by_hand, gradients_at(step))
-    assert_near(actual, values(weights))
-    assert_differ(actual, trained(make(case), make_weights()))
+    assert_close(actual, values(weights))
+    assert_differ(actual, moved(make(case), make_weights()))
 
 
 @each_case
 def test_variable_without_gradient(case):
     weights, optimizer = make_weights(), make(case)
-    trained(optimizer, weights, steps=2)
+    moved(optimizer, weights, steps=2)
     before, state = values(weights), values(optimizer.variables)
     with pytest.warns(UserWarning, match=r"do not exist.*\['dense/kernel'\]"):
         apply(optimizer, [None, gradients_at(2)[1]], weights)
@@ -233,8 +232,8 @@ def test_variable_without_gradient(case):
         assert unchanged == ("kernel" in variable.name), variable.name
     assert_same(values(weights[:1]), before[:1])
     # The other variable goes on as if nothing had happened.
-    expected = trained(make(case), make_weights(), steps=3)
-    assert_near(values(weights[1:]), expected[1:])
+    expected = moved(make(case), make_weights(), steps=3)
+    assert_close(values(weights[1:]), expected[1:])
     with pytest.raises(ValueError, match="No gradients provided"):
         apply(optimizer, [None, None], weights)
 
@@ -258,8 +257,8 @@ def test_indexed_slices_mean_their_dense_form(case, kwargs):
         )
         optimizer.apply([gradient], sparse)
         apply(twin, [total], dense)
-        assert_near(values(sparse), values(dense))
-    assert_near(values(optimizer.variables), values(twin.variables))
+        assert_close(values(sparse), values(dense))
+    assert_close(values(optimizer.variables), values(twin.variables))
 
 
 @each_case
@@ -273,8 +272,8 @@ def test_constraint(case):
         apply(plain, gradients_at(step), expected)
         for weight in expected:
             weight.assign(keras.constraints.MaxNorm(0.5)(weight))
-        assert_near(values(weights), values(expected))
-    assert_differ(values(weights), trained(make(case), make_weights(), steps=3))
+        assert_close(values(weights), values(expected))
+    assert_differ(values(weights), moved(make(case), make_weights(), steps=3))
 
 
 @each_case
@@ -289,7 +288,7 @@ def test_apply_and_apply_gradients(case):
     assert int(twin.apply_gradients(zip(tensors(gradients_at(1)), others))) == 2
     apply(optimizer, gradients_at(2))
     apply(twin, gradients_at(2)[::-1], others[::-1])
-    assert_near(values(weights), values(others))
+    assert_close(values(weights), values(others))
     apply(optimizer, [])  # As in Keras, not a step.
     assert int(optimizer.iterations) == int(twin.iterations) == 3
 
@@ -317,9 +316,9 @@ RESOLUTION = {"float16": 2e-3, "bfloat16": 2e-2, "float64": 2e-6}
 def test_dtype_of_the_variables(case, dtype):
     # In bfloat16 a beta_2 of 0.999 is 1: Keras's Adam does not move at all.
     weights, optimizer = make_weights(dtype), make(case)
-    expected = trained(make(case), make_weights())
+    expected = moved(make(case), make_weights())
     tolerance = RESOLUTION[dtype]
-    assert_near(trained(optimizer, weights), expected, tolerance, tolerance)
+    assert_close(moved(optimizer, weights), expected, tolerance, tolerance)
     assert {weight.dtype for weight in weights} == {dtype}
     wide = "float64" if dtype == "float64" else "float32"
     for variable in optimizer.variables[2:]:
@@ -333,7 +332,7 @@ def test_raw_tf_variables(case):
     weights = make_weights()
     raw = [tf.Variable(w.numpy(), name=w.path) for w in weights]
     optimizer, twin = make(case, weight_decay=0.5), make(case, weight_decay=0.5)
-    assert_near(trained(optimizer, raw), trained(twin, weights))
+    assert_close(moved(optimizer, raw), moved(twin, weights))
     assert optimizer.partitions == twin.partitions
 
 
@@ -377,7 +376,7 @@ def test_variable_overwritten_by_its_gradient(case, kwargs):
         g, h = gradients_at(step)
         apply(optimizer, [g, np.float32(step + 5), h], [kernel, factor, bias])
         assert float(factor) == step + 5
-    assert_near(values([kernel, bias]), trained(make(case), make_weights()))
+    assert_close(values([kernel, bias]), moved(make(case), make_weights()))
     assert not [v for v in optimizer.variables if "factor" in v.name]
     assert [p is None for p in optimizer.partitions] == [False, True, False]
 
@@ -448,7 +447,7 @@ def test_frozen_layers_in_fit(case):
     model.fit(x, y, batch_size=8, epochs=2, verbose=0)
     train_by_hand(twin, make(case, 0.01), x, y, 2)
     assert_same(model.layers[0].get_weights(), frozen)
-    assert_near(model.get_weights(), twin.get_weights(), 1e-4, 1e-6)
+    assert_close(model.get_weights(), twin.get_weights(), 1e-4, 1e-6)
     assert [p.shape for p in model.optimizer.partitions] == [(16, 1), (1,)]
 
 

@@ -54,7 +54,7 @@ def change(case, gradients, blocking):
     return changes(case, [[g] for g in gradients], blocking)[0]
 
 
-def assert_equal(actual, expected):
+def assert_changed(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-14)
 
 
@@ -65,7 +65,7 @@ def test_permuting_output_units_permutes_the_change(case, seed, order):
     gradients = random_gradients(seed)
     expected = change(case, gradients, "output_unit")[:, order]
     permuted = [g[:, order] for g in gradients]
-    assert_equal(change(case, permuted, "output_unit"), expected)
+    assert_changed(change(case, permuted, "output_unit"), expected)
 
 
 @each_row
@@ -81,7 +81,7 @@ def test_permuting_a_block_permutes_its_change(case, seed, order):
     gradients = random_gradients(seed)
     expected = permute(change(case, gradients, (4, 2)))
     permuted = [permute(g) for g in gradients]
-    assert_equal(change(case, permuted, (4, 2)), expected)
+    assert_changed(change(case, permuted, (4, 2)), expected)
 
 
 @each_row
@@ -90,7 +90,7 @@ def test_permuting_a_block_permutes_its_change(case, seed, order):
 def test_scale_of_the_gradients_has_no_effect(case, seed, tile, scale):
     gradients = random_gradients(seed)
     scaled = [-scale * g for g in gradients]
-    assert_equal(change(case, scaled, tile), -change(case, gradients, tile))
+    assert_changed(change(case, scaled, tile), -change(case, gradients, tile))
 
 
 @each_row
@@ -102,7 +102,7 @@ def test_blocks_do_not_see_each_other(case, seed, tile, scale):
     for g, other in zip(gradients, others):
         other[: tile[0], : tile[1]] = g[: tile[0], : tile[1]]
     corner = (slice(tile[0]), slice(tile[1]))
-    assert_equal(
+    assert_changed(
         change(case, others, tile)[corner],
         change(case, gradients, tile)[corner],
     )
@@ -128,7 +128,7 @@ def test_each_block_is_as_a_variable_of_its_own(case, seed):
     together = change(case, gradients, "output_unit")
     columns = [np.split(g, SHAPE[1], axis=1) for g in gradients]
     alone = changes(case, columns, "variable")
-    assert_equal(together, np.concatenate(alone, axis=1))
+    assert_changed(together, np.concatenate(alone, axis=1))
 
 
 @each_row
@@ -140,5 +140,5 @@ def test_rank_does_not_matter(case, seed):
     flat = [g.reshape(24) for g in gradients]
     cubes = [g.reshape(2, 3, 4) for g in gradients]
     expected = change(case, flat, (12,))
-    assert_equal(change(case, cubes, (1, 3, 4)).reshape(24), expected)
-    assert_equal(change(case, gradients, (2, 6)).reshape(24), expected)
+    assert_changed(change(case, cubes, (1, 3, 4)).reshape(24), expected)
+    assert_changed(change(case, gradients, (2, 6)).reshape(24), expected)

@@ -144,7 +144,7 @@ def label_arrays(tiles):
     return labels
 
 
-def state_of(truth, case, tiles):
+def expected_state(truth, case, tiles):
     """The state of the oracle, named and shaped as that of the optimizer."""
     state = {}
     kwargs = {
@@ -180,7 +180,7 @@ def set_learning_rate(optimizer, step):
     optimizer.learning_rate = learning_rate(step)
 
 
-def check(
+def check_truth(
     case,
     tiles,
     dtype="float64",
@@ -214,7 +214,7 @@ def check(
         for path, tile in tiles.items()
     }
     truth = getattr(oracle, case.cls.__name__)(
-        [to_numpy(variable) for variable in variables],
+        [to_float64(variable) for variable in variables],
         label_arrays(tiles),
         store=rounding(dtype),
         store_momentum=rounding(momentum_dtype or dtype),
@@ -235,29 +235,29 @@ def check(
     # Two units in the last place of what is rounded in each step.
     low = max(dtype, momentum_dtype or dtype, key=TOLERANCES.get)
     for path, variable, weight in zip(tiles, variables, truth.weights):
-        assert_equal(path, variable, weight, dtype, TOLERANCES[low])
+        assert_stored(path, variable, weight, dtype, TOLERANCES[low])
     assert int(optimizer.iterations) == truth.t
     state = slots_of(optimizer)
-    expected = state_of(truth, case, tiles)
+    expected = expected_state(truth, case, tiles)
     assert state.keys() == expected.keys()
     for name, variable in state.items():
         value = expected[name]
         if name.endswith("momentum"):
             slot_dtype = momentum_dtype or dtype
-            assert_equal(name, variable, value, slot_dtype, TOLERANCES[low])
+            assert_stored(name, variable, value, slot_dtype, TOLERANCES[low])
         else:
             slot_dtype = "float64" if dtype == "float64" else "float32"
-            assert_equal(
+            assert_stored(
                 name, variable, value, slot_dtype, TOLERANCES[slot_dtype]
             )
     return optimizer, variables
 
 
-def assert_equal(name, variable, expected, dtype, tolerance):
+def assert_stored(name, variable, expected, dtype, tolerance):
     assert variable.dtype == dtype
     assert variable.shape == np.shape(expected)
     np.testing.assert_allclose(
-        to_numpy(variable), expected, tolerance, tolerance, err_msg=name
+        to_float64(variable), expected, tolerance, tolerance, err_msg=name
     )
 
 
@@ -269,7 +269,7 @@ TOLERANCES = {
 }
 
 
-def to_numpy(variable):
+def to_float64(variable):
     return np.float64(keras.ops.convert_to_numpy(variable))
 
 
@@ -316,12 +316,12 @@ MIXED_BLOCKING = kb.Blocking(
 @by_statistics
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(case, scheme):
-    check(case, tiles_of(scheme), blocking=scheme)
+    check_truth(case, tiles_of(scheme), blocking=scheme)
 
 
 @each_case
 def test_cases(case):
-    check(case, MIXED, blocking=MIXED_BLOCKING)
+    check_truth(case, MIXED, blocking=MIXED_BLOCKING)
 
 
 @each_full_class
@@ -342,7 +342,7 @@ def test_cases(case):
     ],
 )
 def test_modes(case, wrap, jit_compile):
-    check(
+    check_truth(
         case,
         MIXED,
         wrap=wrap,
@@ -369,7 +369,7 @@ def test_modes(case, wrap, jit_compile):
     ],
 )
 def test_tiles(case, path, tile):
-    check(case, {path: tile}, blocking=tile)
+    check_truth(case, {path: tile}, blocking=tile)
 
 
 @pytest.mark.parametrize(
@@ -387,22 +387,22 @@ def test_tiles(case, path, tile):
     ids=lambda case: case.id,
 )
 def test_hyper_parameters(case):
-    check(case, MIXED, blocking=MIXED_BLOCKING)
+    check_truth(case, MIXED, blocking=MIXED_BLOCKING)
 
 
 @each_full_class
 def test_float32(case):
-    check(case, MIXED, "float32", blocking=MIXED_BLOCKING)
+    check_truth(case, MIXED, "float32", blocking=MIXED_BLOCKING)
 
 
 @each_full_class
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision(case, dtype):
-    _, variables = check(case, MIXED, dtype, blocking=MIXED_BLOCKING)
+    _, variables = check_truth(case, MIXED, dtype, blocking=MIXED_BLOCKING)
     shapes = {path: SHAPES[path] for path in MIXED}
     for before, after in zip(make_variables(shapes, dtype), variables):
         # With its 0.999 in bfloat16, which is 1, nothing would move.
-        assert np.abs(to_numpy(after) - to_numpy(before)).max() > 0.01
+        assert np.abs(to_float64(after) - to_float64(before)).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_low_precision(case, dtype):
     ],
 )
 def test_momentum_dtype(case, dtype, momentum_dtype):
-    check(case, MIXED, dtype, momentum_dtype, blocking=MIXED_BLOCKING)
+    check_truth(case, MIXED, dtype, momentum_dtype, blocking=MIXED_BLOCKING)
 
 
 def missing():
@@ -445,12 +445,12 @@ def missing():
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @each_full_class
 def test_missing_gradients(case):
-    check(case, MIXED, gradients=missing(), blocking=MIXED_BLOCKING)
+    check_truth(case, MIXED, gradients=missing(), blocking=MIXED_BLOCKING)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_missing_gradients_compiled():
-    check(
+    check_truth(
         Case(kb.BAGM),
         MIXED,
         gradients=missing(),
@@ -467,7 +467,7 @@ def test_skip_nonfinite(case, jit_compile):
     gradients = make_gradients(STEPS, {path: SHAPES[path] for path in MIXED})
     for step, value in [(0, np.nan), (5, np.inf), (6, -np.inf)]:
         gradients[step][2][0, 1] = value
-    optimizer, _ = check(
+    optimizer, _ = check_truth(
         case,
         MIXED,
         gradients=gradients,
@@ -484,7 +484,9 @@ def test_weight_decay(case):
     decay = [0.5] * len(MIXED)
     if case.cls is kb.AdamMini:
         decay = [0.0 if "bias" in path else 0.5 for path in MIXED]
-    check(case, MIXED, decay=decay, weight_decay=0.5, blocking=MIXED_BLOCKING)
+    check_truth(
+        case, MIXED, decay=decay, weight_decay=0.5, blocking=MIXED_BLOCKING
+    )
 
 
 def test_group_of_two_dtypes_has_the_wider_accumulator():
@@ -502,5 +504,5 @@ def test_group_of_two_dtypes_has_the_wider_accumulator():
     assert velocity.dtype == "float64"
     # Float32 would lose the last term.
     expected = (55 + (1 + 2.0**-40) ** 2) / 7
-    np.testing.assert_allclose(to_numpy(velocity), expected, rtol=1e-15)
+    np.testing.assert_allclose(to_float64(velocity), expected, rtol=1e-15)
     assert [v.dtype for v in variables] == ["float32", "float64"]

@@ -40,7 +40,7 @@ def nothing_registered():
     REGISTERED.update(before)
 
 
-def build(model, scheme="output_unit", rules=None):
+def build_on(model, scheme="output_unit", rules=None):
     """The optimizer, built on the trainable variables of a model."""
     optimizer = optimizer_for(model, scheme, rules)
     optimizer.build(model.trainable_variables)
@@ -66,7 +66,7 @@ def groups(optimizer):
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_blocks_are_exact(make):
     model = make()
-    assert kernels(build(model)) == [UP, REVERSED, PLAIN]
+    assert kernels(build_on(model)) == [UP, REVERSED, PLAIN]
     # Nothing but the layers could tell:
     with pytest.warns(UserWarning, match="from_model"):
         kb.BlockAdam().build(model.trainable_variables)
@@ -90,10 +90,10 @@ def test_head_and_filter():
     model = keras.Model(inputs, L.Dense(3, use_bias=False)(x))
     attention = [(4, 1, 3)] * 3 + [(2, 3, 1)]
     convolutions = [(3, 1, 1), (1, 8, 1), (3, 5, 1), (2, 1)]
-    assert tiles(build(model, "head")) == attention + convolutions
+    assert tiles(build_on(model, "head")) == attention + convolutions
     attention = [(4, 1, 1)] * 3 + [(2, 3, 1)]
     convolutions = [(3, 1, 1), (1, 1, 1), (3, 1, 1), (2, 1)]
-    assert tiles(build(model, "filter")) == attention + convolutions
+    assert tiles(build_on(model, "filter")) == attention + convolutions
 
 
 # Layers and variables that several hold, or that have one path.
@@ -104,8 +104,8 @@ def test_shared_layer_counts_once():
     layer = reverse()
     inner = keras.Sequential([keras.Input((4, 4)), layer])
     model = keras.Model(inputs, plain()(inner(layer(inputs))))
-    assert kernels(build(model)) == [REVERSED, PLAIN]
-    assert len(set(groups(build(model, "layer")))) == 2
+    assert kernels(build_on(model)) == [REVERSED, PLAIN]
+    assert len(set(groups(build_on(model, "layer")))) == 2
 
 
 class Tied(L.Layer):
@@ -152,8 +152,8 @@ def test_tied_kernel_is_of_the_layer_that_made_it(names):
     model = held(**dict(sorted(layers.items())))
     paths = [variable.path for variable in model.trainable_variables]
     assert sorted(paths) == ["first/kernel", "tied/gain"]
-    assert kernels(build(model)) == [REVERSED]
-    by_path = dict(zip(paths, groups(build(model, "layer"))))
+    assert kernels(build_on(model)) == [REVERSED]
+    by_path = dict(zip(paths, groups(build_on(model, "layer"))))
     assert by_path["first/kernel"] == "first"
     assert by_path["tied/gain"] != "first"
 
@@ -162,8 +162,8 @@ def test_two_sublayers_of_one_name():
     model = held(a=reverse("twin"), b=plain("twin"), c=up("twin"))
     paths = {variable.path for variable in model.trainable_variables}
     assert len(paths) == 1
-    assert kernels(build(model)) == [REVERSED, PLAIN, UP]
-    assert len(set(groups(build(model, "layer")))) == 3
+    assert kernels(build_on(model)) == [REVERSED, PLAIN, UP]
+    assert len(set(groups(build_on(model, "layer")))) == 3
 
 
 def test_two_nested_models_with_layers_of_one_name():
@@ -178,8 +178,8 @@ def test_two_nested_models_with_layers_of_one_name():
     assert {variable.path for variable in model.trainable_variables} == {
         "h/kernel"
     }
-    assert kernels(build(model)) == [REVERSED, PLAIN]
-    assert len(set(groups(build(model, "layer")))) == 2
+    assert kernels(build_on(model)) == [REVERSED, PLAIN]
+    assert len(set(groups(build_on(model, "layer")))) == 2
 
 
 class EarlyWeight(L.Layer):
@@ -207,7 +207,7 @@ def test_weights_made_in_the_constructor(called):
     )
     optimizer.build(model.trainable_variables)
     assert tiles(optimizer) == [(2, 2), (1, 4), (1, 4)]
-    names = groups(build(model, "layer"))
+    names = groups(build_on(model, "layer"))
     assert None not in names
     assert len(set(names)) == 3
 
@@ -224,15 +224,15 @@ class TwoOfOneName(L.Layer):
 def test_two_weights_of_one_name():
     kb.register_layer_axes(TwoOfOneName, w="output input")
     model = held(a=TwoOfOneName(name="two"))
-    assert tiles(build(model)) == [(1, 4), (1, 4)]
-    first, second = groups(build(model, "layer"))
+    assert tiles(build_on(model)) == [(1, 4), (1, 4)]
+    first, second = groups(build_on(model, "layer"))
     assert first == second
 
 
 def test_cells_of_one_name():
     cells = [L.LSTMCell(4, name="c", use_bias=False) for _ in range(2)]
     model = keras.Sequential([keras.Input((4, 4)), L.RNN(cells)])
-    names = groups(build(model, "layer"))
+    names = groups(build_on(model, "layer"))
     assert names[0] == names[1] != names[2] == names[3]
 
 
@@ -243,7 +243,7 @@ def test_clone():
     model = functional()
     blocking = kb.Blocking.from_model(model)
     clone = keras.models.clone_model(model)
-    assert kernels(build(clone)) == [UP, REVERSED, PLAIN]
+    assert kernels(build_on(clone)) == [UP, REVERSED, PLAIN]
     # The variables of the clone are strangers, and fit the table in order.
     optimizer = kb.BlockAdam(blocking=blocking)
     optimizer.build(clone.trainable_variables)
@@ -443,9 +443,9 @@ def own(cls=Own):
 
 def test_register_by_a_call():
     assert kb.register_layer_axes(Own, w="output input", gain="output") is Own
-    optimizer = build(own())
+    optimizer = build_on(own())
     assert tiles(optimizer) == [(1, 4), (1,), PLAIN]
-    assert tiles(build(own(), "input_unit")) == [(4, 1), (4,), (1, 4)]
+    assert tiles(build_on(own(), "input_unit")) == [(4, 1), (4,), (1, 4)]
 
 
 def test_register_as_a_decorator():
@@ -454,7 +454,7 @@ def test_register_as_a_decorator():
         pass
 
     assert issubclass(Decorated, Own)
-    assert tiles(build(own(Decorated))) == [(1, 4), (1,), PLAIN]
+    assert tiles(build_on(own(Decorated))) == [(1, 4), (1,), PLAIN]
 
 
 def test_subclass_inherits():
@@ -467,8 +467,8 @@ def test_subclass_inherits():
     class Other(Own):
         """Has what it says, and the rest of its parent."""
 
-    assert tiles(build(own(Child))) == [(1, 4), (1,), PLAIN]
-    assert tiles(build(own(Other))) == [(4, 1), (1,), PLAIN]
+    assert tiles(build_on(own(Child))) == [(1, 4), (1,), PLAIN]
+    assert tiles(build_on(own(Other))) == [(4, 1), (1,), PLAIN]
 
 
 def test_subclass_of_a_layer_of_keras():
@@ -481,7 +481,7 @@ def test_subclass_of_a_layer_of_keras():
     kb.register_layer_axes(Scaled, gain="output")
     layer = Scaled("abc,dc->abd", (None, 4), name="scaled")
     model = keras.Sequential([keras.Input((4, 4)), layer])
-    assert tiles(build(model)) == [REVERSED, (1,)]
+    assert tiles(build_on(model)) == [REVERSED, (1,)]
 
 
 def test_register_all_words():
@@ -501,18 +501,18 @@ def test_register_all_words():
         c="",
     )
     model = held(many=Many())
-    assert tiles(build(model)) == [(2, 3, 1, 1), (2, 1, 1, 1), ()]
-    assert tiles(build(model, "input_unit")) == [
+    assert tiles(build_on(model)) == [(2, 3, 1, 1), (2, 1, 1, 1), ()]
+    assert tiles(build_on(model, "input_unit")) == [
         (2, 3, 1, 5),
         (1, 3, 4, 5),
         (),
     ]
-    assert tiles(build(model, "filter")) == [
+    assert tiles(build_on(model, "filter")) == [
         (2, 3, 1, 1),
         (2, 1, 1, 1),
         (),
     ]
-    assert tiles(build(model, "head")) == [(2, 3, 1, 1), (2, 1, 1, 1), ()]
+    assert tiles(build_on(model, "head")) == [(2, 3, 1, 1), (2, 1, 1, 1), ()]
 
 
 def test_register_weights_of_a_sublayer():
@@ -531,12 +531,12 @@ def test_register_weights_of_a_sublayer():
             return self.query(x)
 
     model = keras.Sequential([keras.Input((4, 4)), Attention(), L.Flatten()])
-    assert tiles(build(model, "head")) == [(4, 1, 1)]
+    assert tiles(build_on(model, "head")) == [(4, 1, 1)]
     kb.register_layer_axes(
         Attention, **{"query/kernel": "input head+output output"}
     )
-    assert tiles(build(model, "head")) == [(4, 1, 3)]
-    assert tiles(build(model)) == [(4, 1, 1)]
+    assert tiles(build_on(model, "head")) == [(4, 1, 3)]
+    assert tiles(build_on(model)) == [(4, 1, 1)]
 
 
 @pytest.mark.parametrize(
@@ -592,12 +592,12 @@ def test_unknown_layer_is_reported_once(scheme):
 
 @pytest.mark.parametrize("scheme", ["coordinate", "variable", "layer", "model"])
 def test_unknown_layer_does_not_matter(scheme):
-    build(own(), scheme)  # A warning would be an error.
+    build_on(own(), scheme)  # A warning would be an error.
 
 
 def test_rules_silence_the_report():
     rules = {".*/own/w": (2, 2), ".*/own/gain": "coordinate"}
-    assert tiles(build(own(), rules=rules)) == [(2, 2), (1,), PLAIN]
+    assert tiles(build_on(own(), rules=rules)) == [(2, 2), (1,), PLAIN]
 
 
 def test_unknown_weight_with_an_axis_of_one():
@@ -610,7 +610,7 @@ def test_unknown_weight_with_an_axis_of_one():
 
     # The first axes can be cut in one way only; the last could be.
     with pytest.warns(UserWarning, match="token"):
-        build(keras.Sequential([keras.Input((4, 4)), Token(), plain()]))
+        build_on(keras.Sequential([keras.Input((4, 4)), Token(), plain()]))
 
 
 # Rules.
@@ -620,7 +620,7 @@ def test_heads_hidden_by_a_reshape():
     inputs = keras.Input((5, 4))
     x = L.Dense(18, name="qkv", use_bias=False)(inputs)  # 3 * 2 heads of 3.
     model = keras.Model(inputs, L.Reshape((5, 3, 2, 3))(x))
-    assert tiles(build(model, rules={"qkv/kernel": (None, 3)})) == [(4, 3)]
+    assert tiles(build_on(model, rules={"qkv/kernel": (None, 3)})) == [(4, 3)]
     message = r"'qkv/kernel'.*axis 1 has size 18, which 4 does not divide"
     with pytest.raises(ValueError, match=message):
         kb.Blocking.from_model(model, "head", {"qkv/kernel": (None, 4)})
@@ -634,7 +634,7 @@ def test_two_rules_on_one_variable():
         kb.Blocking.from_model(functional(), rules=rules)
     assert "plain/.*" in str(error.value)
     rules["plain/kernel"] = (2, 2)  # The path itself goes first.
-    assert kernels(build(functional(), rules=rules))[-1] == (2, 2)
+    assert kernels(build_on(functional(), rules=rules))[-1] == (2, 2)
 
 
 def test_rule_by_a_path_of_before_loading(tmp_path):

@@ -78,7 +78,7 @@ SCHEMES = {
 each = pytest.mark.parametrize("name", APPLICATIONS)
 
 
-def make(name):
+def application(name):
     base = APPLICATIONS[name](
         include_top=False, weights=None, input_shape=(32, 32, 3), pooling="avg"
     )
@@ -91,7 +91,7 @@ def make(name):
 
 @each
 def test_partitions(name):
-    model = make(name)
+    model = application(name)
     check_partitions(model)
     check_tiles(model, TILES[name])
 
@@ -99,13 +99,13 @@ def test_partitions(name):
 @pytest.mark.slow
 @each
 def test_steps(name):
-    check_steps(make(name))
+    check_steps(application(name))
 
 
 @pytest.mark.slow
 def test_saving(tmp_path):
     models = {
-        name: (lambda name=name: make(name), scheme)
+        name: (lambda name=name: application(name), scheme)
         for name, scheme in SCHEMES.items()
     }
     check_saving(models, tmp_path)

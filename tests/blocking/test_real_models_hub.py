@@ -127,7 +127,7 @@ pytestmark = pytest.mark.tensorflow
 each = pytest.mark.parametrize("name", BACKBONES)
 
 
-def make(name):
+def backbone_model(name):
     backbone = BACKBONES[name]()
     inputs = backbone.input
     x = backbone(inputs)
@@ -150,7 +150,7 @@ def test_every_entry_is_of_a_class_of_keras_hub():
 
 @each
 def test_partitions(name):
-    model = make(name)
+    model = backbone_model(name)
     check_partitions(model)
     check_tiles(model, TILES[name])
 
@@ -158,13 +158,13 @@ def test_partitions(name):
 @pytest.mark.slow
 @each
 def test_steps(name):
-    check_steps(make(name))
+    check_steps(backbone_model(name))
 
 
 @pytest.mark.slow
 def test_saving(tmp_path):
     models = {
-        name: (lambda name=name: make(name), scheme)
+        name: (lambda name=name: backbone_model(name), scheme)
         for name, scheme in SCHEMES.items()
     }
     check_saving(models, tmp_path, "import keras_hub")

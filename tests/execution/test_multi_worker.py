@@ -16,7 +16,7 @@ from helpers.processes import ROOT
 from helpers.processes import TESTS
 from helpers.strategies import assert_same_fit
 from helpers.strategies import check_one_device
-from helpers.strategies import fit
+from helpers.strategies import fit_on
 
 NUM_WORKERS = 2
 pytestmark = [pytest.mark.tensorflow, pytest.mark.slow]
@@ -72,7 +72,7 @@ def test_equals_one_device(workers, case):
 
 
 def test_fit_equals_one_device(workers):
-    expected = fit(tf.distribute.get_strategy())
+    expected = fit_on(tf.distribute.get_strategy())
     for _, fitted, _ in workers:
         assert_same_fit(fitted, expected)
 

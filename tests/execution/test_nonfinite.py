@@ -1,6 +1,5 @@
 """`skip_nonfinite`: a step with a NaN or an infinity leaves no trace."""
 
-import contextlib
 import functools
 
 import keras
@@ -20,6 +19,9 @@ from helpers.cases import tensors
 from helpers.models import HAS_XLA
 from helpers.models import mlp
 from helpers.models import normal
+from helpers.tensorflow import marked
+from helpers.tensorflow import scope_of
+from helpers.tensorflow import strategy_of
 from helpers.tensorflow import tf
 from helpers.training import eager
 from helpers.training import graph
@@ -91,14 +93,6 @@ class Run:
             variable.assign(number)
 
 
-def scope_of(strategy):
-    return contextlib.nullcontext() if strategy is None else strategy.scope()
-
-
-def strategy_of(context):
-    return replicas.two_replicas() if context == "replicas" else None
-
-
 def replica_step(strategy, optimizer):
     """Replica 0 has only the good part, replica 1 what is left and the bad."""
 
@@ -130,20 +124,13 @@ def make_run(context, row, **kwargs):
     return run
 
 
-def with_marks(*rows):
-    """Parameters; those on replicas need TensorFlow."""
-    for row in rows:
-        marks = [pytest.mark.tensorflow] if "replicas" in row[1:] else []
-        yield pytest.param(*row, marks=marks)
-
-
 def test_every_optimizer_is_here():
     assert {row.cls for row in ROWS} == set(OPTIMIZERS)
 
 
 @pytest.mark.parametrize(
     "row, context, jit",
-    with_marks(
+    marked(
         *((row, "function", True) for row in ROWS),
         *((row, "eager", False) for row in ROWS),
         *((row, "replicas", True) for row in ROWS),
@@ -254,7 +241,7 @@ MODES = {
 
 @pytest.mark.parametrize(
     "row, mode",
-    with_marks(
+    marked(
         *((ROWS[0], mode) for mode in MODES),
         *((row, "graph") for row in ROWS[1:]),
     ),

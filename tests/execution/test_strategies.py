@@ -26,7 +26,7 @@ from helpers.strategies import assert_same_fit
 from helpers.strategies import assert_same_results
 from helpers.strategies import check_one_device
 from helpers.strategies import embedding_model
-from helpers.strategies import fit
+from helpers.strategies import fit_on
 from helpers.strategies import make_batches
 from helpers.strategies import make_pair
 from helpers.strategies import replica_step_of
@@ -108,7 +108,8 @@ def test_accumulation_fails_as_in_keras(cls):
 
 def test_fit_equals_one_device():
     """As users train: `fit`, in float32, where sums differ in the order."""
-    assert_same_fit(fit(two_replicas()), fit(tf.distribute.get_strategy()))
+    expected = fit_on(tf.distribute.get_strategy())
+    assert_same_fit(fit_on(two_replicas()), expected)
 
 
 def concrete_step(optimizer):

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_blockwise as kb
-from helpers.arrays import assert_close
+from helpers.arrays import assert_near
 from helpers.arrays import to_numpy
 from helpers.cases import CASES
 from helpers.cases import Case
@@ -32,10 +32,6 @@ from helpers.training import train
 pytestmark = pytest.mark.tensorflow
 STEPS = 3
 each_jit_compile = pytest.mark.parametrize("jit_compile", [True, False])
-
-
-def assert_equal(actual, expected, tolerance=1e-6):
-    assert_close(actual, expected, tolerance, tolerance)
 
 
 # Traces.
@@ -129,7 +125,7 @@ def test_order_of_the_variables_has_no_effect():
                 [gradients[i] for i in order], [variables[i] for i in order]
             )
         results.append(to_numpy(variables))
-    assert_equal(*results)
+    assert_near(*results)
 
 
 # XLA.
@@ -168,7 +164,7 @@ def test_a_gradient_whose_shape_a_graph_does_not_know(shape):
         )
         apply(np.tensors([[1, 2], [3, 4], [5, 6]]))
         ends.append(to_numpy([variable]))
-    assert_equal(*ends)
+    assert_near(*ends)
 
 
 def test_the_names_of_the_update_come_after_those_of_the_gradients():
@@ -228,7 +224,7 @@ def test_fit_is_the_same_however_it_is_compiled(case):
         ]
     ]
     for result in results[1:]:
-        assert_equal(result, results[0], 2e-5)
+        assert_near(result, results[0], 2e-5)
     assert results[0][0][1] < results[0][0][0]
 
 
@@ -343,7 +339,7 @@ def test_fit_on_replicas(case, strategy):
     with strategy.scope():
         model = make_normalized()
         optimizer = case.make(0.1, blocking="layer")
-    assert_equal(fitted(optimizer, model), expected, 2e-5)
+    assert_near(fitted(optimizer, model), expected, 2e-5)
     for variable in [*model.trainable_variables, *optimizer.variables]:
         first, second = local_values(strategy, variable)
         np.testing.assert_array_equal(first, second)
@@ -438,7 +434,7 @@ def test_sparse_gradients_mean_their_dense_form(case, options):
             step(*map(tf.constant, given))
         return to_numpy([*variables, *optimizer.variables])
 
-    assert_equal(run(sparse), run(densified))
+    assert_near(run(sparse), run(densified))
 
 
 def test_repeated_rows_are_added_before_they_are_squared():
@@ -454,7 +450,7 @@ def test_repeated_rows_are_added_before_they_are_squared():
 def test_sparse_gradients_on_replicas(options, strategy):
     # Keras itself accumulates gradients on replicas in eager steps only.
     function = "gradient_accumulation_steps" not in options
-    assert_equal(
+    assert_near(
         *(
             train_replicas(
                 strategy,
@@ -481,4 +477,4 @@ def test_sparse_gradients_on_replicas_equal_one_device(strategy):
     actual = train_replicas(
         strategy, make, replicas, shapes=EMBEDDINGS, gradients_of=sparse
     )
-    assert_equal(actual, train_plain(make, sums, EMBEDDINGS))
+    assert_near(actual, train_plain(make, sums, EMBEDDINGS))

@@ -26,6 +26,11 @@ def assert_close(actual, expected, rtol, atol=0.0):
         )
 
 
+def assert_near(actual, expected, tolerance=1e-6):
+    """Relative to each number, and to one."""
+    assert_close(actual, expected, tolerance, tolerance)
+
+
 def assert_same(actual, expected):
     """In every bit of the numbers, and in the dtypes."""
     assert_close(actual, expected, 0.0)

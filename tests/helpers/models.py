@@ -60,6 +60,21 @@ def state_of(model):
     return [*model.variables, *model.optimizer.variables]
 
 
+def block_adam(blocking="output_unit", learning_rate=0.01, **kwargs):
+    return kb.BlockAdam(
+        learning_rate, blocking=blocking, jit_compile=False, **kwargs
+    )
+
+
+def trained_model(optimizer, steps=0):
+    model = mlp()
+    model.compile(optimizer, "mse", run_eagerly=True)
+    optimizer.build(model.trainable_variables)
+    for _ in range(steps):
+        model.train_on_batch(np.eye(3), np.ones((3, 1)))
+    return model
+
+
 def optimizer_for(
     model, scheme="output_unit", rules=None, cls=kb.BlockAdam, **kwargs
 ):

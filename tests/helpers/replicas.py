@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from helpers.arrays import assert_close
+from helpers.arrays import assert_near
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
 from helpers.cases import SHAPES
@@ -93,7 +93,7 @@ def check_replicas(strategy, make, shapes=SHAPES, **kwargs):
     """Against one device, on the sums and without XLA."""
     replicas, sums = replica_gradients(strategy, shapes=shapes)
     actual = train_replicas(strategy, make, replicas, shapes=shapes, **kwargs)
-    assert_close(actual, train_plain(make, sums, shapes), 1e-6, 1e-6)
+    assert_near(actual, train_plain(make, sums, shapes))
 
 
 def train_plain(make, gradients, shapes=SHAPES):

@@ -160,7 +160,7 @@ def train_with_option(strategy, option):
     return train_schemes(strategy, make, ["output_unit"], (tokens, targets))
 
 
-def fit(strategy, options=None):
+def fit_on(strategy, options=None):
     """As users train, in float32: the model, the data and its history."""
     tokens, targets = (x.reshape(-1, x.shape[-1]) for x in make_batches())
     with strategy.scope():

@@ -15,6 +15,7 @@ from helpers.cases import SCHEMES
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import tensors
+from helpers.models import block_adam
 from helpers.training import built
 from helpers.training import train
 
@@ -34,10 +35,6 @@ SOURCES = {
     "adamw": lambda **kwargs: keras.optimizers.AdamW(0.01, **kwargs),
     "amsgrad": lambda **kwargs: Adam(0.01, amsgrad=True, **kwargs),
 }
-
-
-def block_adam(blocking="output_unit", **kwargs):
-    return kb.BlockAdam(0.01, blocking=blocking, jit_compile=False, **kwargs)
 
 
 def rmsprop(blocking="output_unit", **kwargs):

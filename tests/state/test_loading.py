@@ -9,31 +9,20 @@ from helpers.arrays import assert_differ
 from helpers.arrays import assert_same
 from helpers.arrays import refused
 from helpers.arrays import to_numpy
-from helpers.models import mlp
+from helpers.models import block_adam
 from helpers.models import state_of
+from helpers.models import trained_model
 from helpers.saving import FORMATS
 from helpers.saving import checkpoint_of
 from helpers.saving import dtype_policy
 from helpers.saving import load
 from helpers.saving import save
+from helpers.tensorflow import marked
 from helpers.tensorflow import tf
 
 if tf is not None:
     from helpers.replicas import local_values
     from helpers.replicas import two_replicas
-
-
-def trained(optimizer, steps=0):
-    model = mlp()
-    model.compile(optimizer, "mse", run_eagerly=True)
-    optimizer.build(model.trainable_variables)
-    for _ in range(steps):
-        model.train_on_batch(np.eye(3), np.ones((3, 1)))
-    return model
-
-
-def block_adam(blocking="output_unit"):
-    return kb.BlockAdam(0.1, blocking=blocking, jit_compile=False)
 
 
 def other(cls):
@@ -46,16 +35,8 @@ def assert_not_loaded(model, message, *arguments):
             load(model, *arguments)
 
 
-def with_marks(*rows):
-    """Parameters; a checkpoint, the last of a row, is one of TensorFlow."""
-    for row in rows:
-        needs = row[-1] == "checkpoint"
-        marks = [pytest.mark.tensorflow] if needs else []
-        yield pytest.param(*row, marks=marks)
-
-
 each_format = pytest.mark.parametrize(
-    "format", with_marks(*([format] for format in FORMATS))
+    "format", marked(*([format] for format in FORMATS))
 )
 BLOCKS = (
     r"The saved state must have the blocks of this optimizer. '\S+' is "
@@ -79,7 +60,7 @@ MISFITS = {
 
 @pytest.mark.parametrize(
     "kind, format",
-    with_marks(
+    marked(
         *(
             (kind, format)
             for kind in MISFITS
@@ -91,8 +72,8 @@ MISFITS = {
 )
 def test_state_that_does_not_fit(kind, format, tmp_path):
     make_saved, make, message = MISFITS[kind]
-    save(trained(make_saved(), 2), format, tmp_path)
-    assert_not_loaded(trained(make(), 3), message, format, tmp_path)
+    save(trained_model(make_saved(), 2), format, tmp_path)
+    assert_not_loaded(trained_model(make(), 3), message, format, tmp_path)
 
 
 # Optimizers whose states have the same positions and shapes as another's.
@@ -139,9 +120,9 @@ CHECKPOINTS = {
 def test_tf_checkpoint_is_refused_before_anything_is_loaded(kind, tmp_path):
     """Also by `restore` alone, without `kb.all_or_nothing`."""
     make_saved, make, message = CHECKPOINTS[kind]
-    saved = trained(make_saved(), 2)
+    saved = trained_model(make_saved(), 2)
     path = checkpoint_of(saved).save(str(tmp_path / "misfit"))
-    model = trained(make(), 3)
+    model = trained_model(make(), 3)
     save(model, "checkpoint", tmp_path)
     expected = to_numpy(state_of(model))
     model.train_on_batch(np.eye(3), np.ones((3, 1)))
@@ -156,7 +137,7 @@ def test_tf_checkpoint_is_refused_before_anything_is_loaded(kind, tmp_path):
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_tf_checkpoint_into_an_optimizer_that_is_not_built(kind, tmp_path):
     make_saved, make, message = CHECKPOINTS[kind]
-    saved = trained(make_saved(), 2)
+    saved = trained_model(make_saved(), 2)
     path = checkpoint_of(saved).save(str(tmp_path / "misfit"))
     model = keras.models.clone_model(saved)
     model.compile(make(), "mse", run_eagerly=True)
@@ -170,9 +151,9 @@ def test_tf_checkpoint_into_an_optimizer_that_is_not_built(kind, tmp_path):
 @pytest.mark.tensorflow
 def test_tf_checkpoint_of_an_optimizer_of_keras(tmp_path):
     """With the same state, but for the names, which Keras does not save."""
-    saved = trained(keras.optimizers.Adam(0.1), 2)
+    saved = trained_model(keras.optimizers.Adam(0.1), 2)
     save(saved, "checkpoint", tmp_path)
-    model = trained(block_adam("coordinate"), 3)
+    model = trained_model(block_adam("coordinate"), 3)
     message = "saved with the state of BlockAdam alone"
     assert_not_loaded(model, message, "checkpoint", tmp_path)
 
@@ -182,7 +163,7 @@ def test_tf_checkpoint_from_before_the_first_step(tmp_path):
     optimizer = block_adam()
     optimizer.iterations.assign(7)
     path = tf.train.Checkpoint(optimizer=optimizer).save(str(tmp_path / "a"))
-    model = trained(block_adam("variable"), 3)
+    model = trained_model(block_adam("variable"), 3)
     before = to_numpy(state_of(model))
     tf.train.Checkpoint(optimizer=model.optimizer).restore(path)
     assert int(model.optimizer.iterations) == 7
@@ -199,16 +180,16 @@ def test_with_mixed_precision(kind, format, tmp_path):
     """
     make_saved, make, _ = MISFITS[kind]
     with dtype_policy("mixed_float16"):
-        save(trained(make_saved(), 2), format, tmp_path)
-        model = trained(make(), 3)
+        save(trained_model(make_saved(), 2), format, tmp_path)
+        model = trained_model(make(), 3)
         assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         assert_not_loaded(model, "[a-z]+ [a-z]+", format, tmp_path)
 
 
 @each_format
 def test_truncated_file(format, tmp_path):
-    paths = save(trained(block_adam(), 2), format, tmp_path)
-    model = trained(block_adam(), 3)
+    paths = save(trained_model(block_adam(), 2), format, tmp_path)
+    model = trained_model(block_adam(), 3)
     for path in paths:
         data = path.read_bytes()
         for size in 0, len(data) // 3, len(data) * 9 // 10, len(data) - 1:
@@ -222,8 +203,8 @@ def test_truncated_file(format, tmp_path):
 
 
 def test_without_it_keras_leaves_a_mixture(tmp_path):
-    save(trained(block_adam(), 2), "weights", tmp_path)
-    model = trained(block_adam("variable"), 3)
+    save(trained_model(block_adam(), 2), "weights", tmp_path)
+    model = trained_model(block_adam("variable"), 3)
     before = to_numpy(state_of(model))
     with pytest.raises(ValueError, match=BLOCKS):
         load(model, "weights", tmp_path)
@@ -231,9 +212,9 @@ def test_without_it_keras_leaves_a_mixture(tmp_path):
 
 
 def test_the_state_alone_can_be_left_out(tmp_path):
-    saved = trained(block_adam(), 2)
+    saved = trained_model(block_adam(), 2)
     saved.save_weights(tmp_path / "a.weights.h5")
-    model = trained(block_adam("variable"), 3)
+    model = trained_model(block_adam("variable"), 3)
     before = to_numpy(model.optimizer.variables)
     with pytest.warns(UserWarning, match="must have the blocks"):
         with kb.all_or_nothing(model):
@@ -244,9 +225,9 @@ def test_the_state_alone_can_be_left_out(tmp_path):
 
 @each_format
 def test_what_fits_is_loaded(format, tmp_path):
-    saved = trained(block_adam(), 2)
+    saved = trained_model(block_adam(), 2)
     save(saved, format, tmp_path)
-    model = trained(block_adam(), 3)
+    model = trained_model(block_adam(), 3)
     with kb.all_or_nothing(model):
         load(model, format, tmp_path)
     assert_same(state_of(model), state_of(saved))
@@ -264,7 +245,7 @@ def assert_put_back(model, variables):
 def test_every_replica_is_put_back():
     strategy = two_replicas()
     with strategy.scope():
-        model = trained(block_adam())
+        model = trained_model(block_adam())
     assert_put_back(model, state_of(model))
     for variable in model.trainable_variables:
         np.testing.assert_array_equal(*local_values(strategy, variable))

@@ -11,8 +11,11 @@ from helpers.arrays import assert_close
 from helpers.arrays import assert_differ
 from helpers.arrays import assert_same
 from helpers.cases import OPTIMIZERS
+from helpers.models import trained_model
 from helpers.processes import run_python
 from helpers.saving import checkpoint_of
+from helpers.tensorflow import marks_of
+from helpers.tensorflow import needs_tensorflow
 from helpers.tensorflow import tf
 from workers import resume as worker
 from workers.resume import DEFAULT
@@ -22,32 +25,27 @@ if tf is not None:
     from helpers.replicas import two_replicas
 
 
-def numbers_of(settings):
-    """Parameters: the number of each of some settings."""
-    return [
-        pytest.param(
-            SETTINGS.index(setting),
-            id=setting.id,
-            marks=[pytest.mark.tensorflow] if setting.needs_tensorflow else [],
-        )
-        for setting in settings
-    ]
+MORE = SETTINGS[len(DEFAULT) :]
 
 
 def outcomes_of(settings, folder):
     """Outcomes of training in this process, and of resuming in another."""
-    numbers = [
-        SETTINGS.index(setting)
+    settings = [
+        setting
         for setting in settings
-        if tf is not None or not setting.needs_tensorflow
+        if tf is not None or not needs_tensorflow(setting)
     ]
-    here = {
-        n: worker.outcome(worker.begin, SETTINGS[n], folder / str(n))
-        for n in numbers
-    }
+    numbers = [SETTINGS.index(setting) for setting in settings]
+    here = [
+        worker.outcome(worker.begin, setting, folder / str(n))
+        for n, setting in zip(numbers, settings)
+    ]
     run_python("-m", "workers.resume", folder, *numbers)
     there = pickle.loads((folder / "outcomes.pickle").read_bytes())
-    return {n: (here[n], there[n]) for n in numbers}
+    return {
+        setting: (ours, there[n])
+        for n, setting, ours in zip(numbers, settings, here)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +55,7 @@ def outcomes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def more_outcomes(tmp_path_factory):
-    more = SETTINGS[len(DEFAULT) :]
-    return outcomes_of(more, tmp_path_factory.mktemp("more"))
+    return outcomes_of(MORE, tmp_path_factory.mktemp("more"))
 
 
 def assert_resumed(setting, here, there):
@@ -78,30 +75,27 @@ def assert_resumed(setting, here, there):
         assert_same(more_end, end)
 
 
-@pytest.mark.parametrize("n", numbers_of(DEFAULT))
-def test_resumes(n, outcomes):
-    assert_resumed(SETTINGS[n], *outcomes[n])
+def each_of(settings):
+    return pytest.mark.parametrize(
+        "setting",
+        [pytest.param(s, marks=marks_of(s), id=s.id) for s in settings],
+    )
+
+
+@each_of(DEFAULT)
+def test_resumes(setting, outcomes):
+    assert_resumed(setting, *outcomes[setting])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", numbers_of(SETTINGS[len(DEFAULT) :]))
-def test_resumes_more(n, more_outcomes):
-    assert_resumed(SETTINGS[n], *more_outcomes[n])
+@each_of(MORE)
+def test_resumes_more(setting, more_outcomes):
+    assert_resumed(setting, *more_outcomes[setting])
 
 
 def test_every_optimizer_is_here():
     assert {cls for cls, _ in worker.OPTIMIZERS.values()} == set(OPTIMIZERS)
     assert {setting.optimizer for setting in DEFAULT} == {*worker.OPTIMIZERS}
-
-
-def make_trained(optimizer):
-    model = keras.Sequential(
-        [keras.Input((3,)), keras.layers.Dense(2, name="out")]
-    )
-    model.compile(optimizer, "mse", run_eagerly=True)
-    for _ in range(3):
-        model.train_on_batch(np.eye(3), np.ones((3, 2)))
-    return model
 
 
 FULL = {"use_ema": True, "gradient_accumulation_steps": 2}
@@ -119,7 +113,7 @@ def test_tf_checkpoint_has_all_of_the_state(name, built, tmp_path):
             0.1, jit_compile=False, skip_nonfinite=True, **FULL, **kwargs
         )
 
-    model = make_trained(make())
+    model = trained_model(make(), 3)
     path = checkpoint_of(model).save(str(tmp_path / "checkpoint"))
     other = keras.models.clone_model(model)
     # A model has its optimizer in a checkpoint as well.
@@ -140,8 +134,9 @@ def test_tf_checkpoint_has_all_of_the_state(name, built, tmp_path):
 @pytest.mark.parametrize("how", ["export", "saved_model"])
 def test_exports_with_the_optimizer_attached(name, how, tmp_path):
     cls, kwargs = worker.OPTIMIZERS[name]
-    model = make_trained(
-        cls(0.1, jit_compile=False, skip_nonfinite=True, **FULL, **kwargs)
+    model = trained_model(
+        cls(0.1, jit_compile=False, skip_nonfinite=True, **FULL, **kwargs),
+        3,
     )
     x = tf.constant(np.eye(3), "float32")
     if how == "export":
@@ -153,7 +148,7 @@ def test_exports_with_the_optimizer_attached(name, how, tmp_path):
         loaded = tf.saved_model.load(str(tmp_path))
         (result,) = loaded.signatures["serving_default"](x).values()
     np.testing.assert_allclose(result, model(x), 1e-6)
-    model.train_on_batch(x, np.ones((3, 2)))  # And goes on.
+    model.train_on_batch(x, np.ones((3, 1)))  # And goes on.
 
 
 @pytest.mark.tensorflow

@@ -33,7 +33,7 @@ for path in sys.argv[1:]:
 DATA = normal((8, 4), (8, 2))
 
 
-def functional():
+def two_layers():
     inputs = keras.Input((4,))
     hidden = keras.layers.Dense(4, activation="tanh")(inputs)
     return keras.Model(inputs, keras.layers.Dense(2)(hidden))
@@ -205,7 +205,7 @@ def test_config_is_reused_for_a_part_of_the_variables():
 
 
 def compiled_eagerly(optimizer):
-    model = functional()
+    model = two_layers()
     model.compile(optimizer, "mse", run_eagerly=True)
     return model
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import keras_blockwise as kb
-from helpers.arrays import assert_close
+from helpers.arrays import assert_near
 from helpers.arrays import assert_same
 from helpers.arrays import refused
 from helpers.arrays import to_numpy
@@ -144,7 +144,7 @@ def test_compiled(build, case):
         step_in_order(build(number, case.make, jit_compile=True))
         for number in (2, ALONE)
     ]
-    assert_close(*results, 2e-6, 2e-6)
+    assert_near(*results, 2e-6)
 
 
 @each_case
@@ -225,7 +225,7 @@ def test_replicas_with_data_of_their_own(build, case):
     one, own_variables = build(ALONE, case.make, jit_compile=False)
     for given in sums:
         one.apply(tensors(given), own_variables)
-    assert_close(slots_of(optimizer), slots_of(one), 2e-6, 2e-6)
+    assert_near(slots_of(optimizer), slots_of(one), 2e-6)
     for variable, other in zip(variables, own_variables):
         values = local_values(strategy, variable)
         np.testing.assert_array_equal(*values)

@@ -16,7 +16,7 @@ from multi_worker import FitStrategy
 
 from helpers.cases import CASES
 from helpers.cases import LAST_OF_CLASS
-from helpers.strategies import fit
+from helpers.strategies import fit_on
 from helpers.strategies import train_schemes
 
 
@@ -33,11 +33,11 @@ def main(path):
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
     )
-    fitted = fit(strategy, options)
+    fitted = fit_on(strategy, options)
     del FitStrategy.reduce
     error = ""
     try:
-        fit(strategy, options)
+        fit_on(strategy, options)
     except ValueError as e:
         error = str(e)
     path.write_bytes(pickle.dumps((results, fitted, error)))

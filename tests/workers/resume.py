@@ -6,7 +6,6 @@ goes on with the settings of these numbers from what is in FOLDER, and writes
 there what has become of them.
 """
 
-import contextlib
 import os
 import pickle
 import shutil
@@ -28,6 +27,8 @@ from helpers.models import state_of
 from helpers.saving import dtype_policy
 from helpers.saving import load
 from helpers.saving import save
+from helpers.tensorflow import scope_of
+from helpers.tensorflow import strategy_of
 
 OPTIMIZERS = {
     "BlockAdam": (kb.BlockAdam, {"amsgrad": True, "weight_decay": 0.01}),
@@ -73,11 +74,6 @@ class Setting(NamedTuple):
     @property
     def id(self) -> str:
         return "-".join(filter(None, self))
-
-    @property
-    def needs_tensorflow(self) -> bool:
-        modes = (self.mode, self.resumed)
-        return self.format == "checkpoint" or "replicas" in modes
 
 
 class Recorder(keras.callbacks.Callback):
@@ -130,18 +126,10 @@ def fit_from(model: keras.Model, start: int, *callbacks: Any, end: int) -> None:
     )
 
 
-def scope_of(mode: str) -> Any:
-    if mode != "replicas":
-        return contextlib.nullcontext()
-    from helpers.replicas import two_replicas
-
-    return two_replicas().scope()
-
-
 def begin(setting: Setting, folder: Path) -> Any:
     """Trains to the end, and saves on the way."""
     folder.mkdir()
-    with scope_of(setting.mode):
+    with scope_of(strategy_of(setting.mode)):
         model = model_of(setting, setting.mode)
         recorder = Recorder(folder)
         if setting.format in CALLBACKS:
@@ -157,7 +145,7 @@ def begin(setting: Setting, folder: Path) -> Any:
 def resume(setting: Setting, folder: Path) -> Any:
     """Goes on from what `begin` has saved, which was in another process."""
     mode = setting.resumed or setting.mode
-    with scope_of(mode):
+    with scope_of(strategy_of(mode)):
         recorder = Recorder(folder)
         callbacks: list[Any] = [recorder]
         if setting.format in ("keras", "model_checkpoint"):

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 import keras_blockwise as kb
-from helpers.arrays import assert_close
+from helpers.arrays import assert_near
 from helpers.arrays import to_numpy
 from helpers.cases import each_class
 from helpers.cases import make_gradients
@@ -45,10 +45,6 @@ def train_all(optimizer, wrap):
     return train(optimizer, make_variables(SHAPES), gradients, wrap, falling)
 
 
-def assert_equal(actual, expected):
-    assert_close(actual, expected, 1e-6, 1e-6)
-
-
 @pytest.mark.parametrize("blocking", ["output_unit", "layer"])
 @each_class
 def test_two_calls_have_the_numbers_of_one(case, blocking):
@@ -59,7 +55,7 @@ def test_two_calls_have_the_numbers_of_one(case, blocking):
     assert indices_of_calls(one) == ALL
     expected = BY_LAYER if blocking == "layer" else BY_VARIABLE
     assert indices_of_calls(two) == expected
-    assert_equal(*ends)
+    assert_near(*ends)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +69,7 @@ def test_two_calls_have_the_numbers_of_one(case, blocking):
 )
 def test_two_calls_with_the_options_of_keras(kwargs):
     one, two = kb.BAGM(0.1, **kwargs), kb.BAGM(0.1, **kwargs)
-    assert_equal(train_all(two, graph), train_all(one, eager))
+    assert_near(train_all(two, graph), train_all(one, eager))
     assert indices_of_calls(two) == BY_VARIABLE
 
 
@@ -131,7 +127,7 @@ def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
             way = ways[step % 3 if optimizer is mixed else 0]
             way(tensors(gradients))
         ends.append(to_numpy(variables) + list(slots_of(optimizer).values()))
-    assert_equal(*ends)
+    assert_near(*ends)
 
 
 def test_one_call_if_the_caller_compiles():
