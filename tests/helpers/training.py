@@ -78,6 +78,8 @@ def gradients_of(function, variables):
         it.
     """
     variables = list(variables)
+    if not variables:
+        return []
     backend = {
         "tensorflow": tensorflow_gradients,
         "jax": jax_gradients,

@@ -234,7 +234,7 @@ def test_what_fits_is_loaded(format, tmp_path):
 
 
 def assert_put_back(model, variables):
-    with refused(variables, "", KeyboardInterrupt):
+    with refused(variables, None, KeyboardInterrupt):
         with kb.all_or_nothing(model):
             for variable in variables:
                 variable.assign(variable + 1)
