@@ -21,6 +21,7 @@ from helpers.cases import tensors
 from helpers.models import mlp
 from helpers.saving import dtype_policy
 from helpers.tensorflow import tf
+from helpers.training import eager
 from helpers.training import train
 from helpers.training import train_by_hand
 
@@ -185,7 +186,7 @@ def test_loss_scale_optimizer(case):
     state = values(inner.variables)
     kernel, bias = gradients_at(4)
     kernel[2, 1] = np.inf
-    apply(wrapper, [kernel, bias], weights)
+    eager(wrapper)(tensors([kernel, bias]))
     assert_same(values(weights), actual)
     assert_same(values(inner.variables), state)
     assert float(wrapper.dynamic_scale) == 4.0

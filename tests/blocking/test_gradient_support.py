@@ -241,8 +241,8 @@ def projection(name, k, n, m, **kwargs):
     layer = attention(k, n, m, **kwargs)
     (child,) = [
         child
-        for child in vars(layer).values()
-        if isinstance(child, keras.Layer) and child.name == name
+        for child in layer._flatten_layers(include_self=False)
+        if child.name == name
     ]
     kernel = f"{name}/kernel"
     heads = 2 * k if kwargs.get("grouped") else k

@@ -92,7 +92,7 @@ def quantized(layer, mode, *shapes):
 def lora_attention():
     layer = L.MultiHeadAttention(2, 3, value_dim=5)
     layer.build((2, 7, 4), (2, 7, 4))
-    for child in vars(layer).values():
+    for child in layer._flatten_layers():
         if isinstance(child, L.EinsumDense):
             child.enable_lora(2)
     return layer

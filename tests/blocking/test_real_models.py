@@ -79,6 +79,7 @@ each = pytest.mark.parametrize("name", APPLICATIONS)
 
 
 def application(name):
+    keras.backend.clear_session(free_memory=False)  # Variables have numbers.
     base = APPLICATIONS[name](
         include_top=False, weights=None, input_shape=(32, 32, 3), pooling="avg"
     )

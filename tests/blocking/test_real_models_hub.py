@@ -128,6 +128,7 @@ each = pytest.mark.parametrize("name", BACKBONES)
 
 
 def backbone_model(name):
+    keras.backend.clear_session(free_memory=False)
     backbone = BACKBONES[name]()
     inputs = backbone.input
     x = backbone(inputs)

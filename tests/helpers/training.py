@@ -9,6 +9,9 @@ from helpers.tensorflow import tf
 
 
 def eager(optimizer):
+    scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if scales and keras.backend.backend() == "jax":
+        return graph(optimizer)  # Keras's own cannot be run otherwise.
     return optimizer.apply
 
 
@@ -125,6 +128,8 @@ def torch_gradients(function, variables):
         torch.autograd.grad(
             number, values, retain_graph=True, allow_unused=True
         )
+        if number.requires_grad
+        else [None] * len(values)
         for number in function()
     ]
 
