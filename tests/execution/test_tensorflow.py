@@ -162,7 +162,7 @@ def test_a_gradient_whose_shape_a_graph_does_not_know(shape):
             input_signature=[tf.TensorSpec(spec, tf.float32)],
             autograph=False,
         )
-        apply(np.tensors([[1, 2], [3, 4], [5, 6]]))
+        apply(np.float32([[1, 2], [3, 4], [5, 6]]))
         ends.append(to_numpy([variable]))
     assert_near(*ends)
 
