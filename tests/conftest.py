@@ -1,20 +1,36 @@
-"""Two logical devices, so that `MirroredStrategy` has two replicas."""
+"""Two devices, so that `MirroredStrategy` has two replicas.
+
+Without TensorFlow, the tests with the marker `tensorflow` are left out.
+"""
 
 import os
+import re
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import pytest
-import tensorflow as tf
 
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(
-    cpu, [tf.config.LogicalDeviceConfiguration()] * 2
-)
-# Many workers share the cores.
-tf.config.threading.set_inter_op_parallelism_threads(1)
-tf.config.threading.set_intra_op_parallelism_threads(1)
+from helpers import devices
+
+devices.set_up()
+HAS_TENSORFLOW = keras.backend.backend() == "tensorflow"
+WHOLE_MODULE = re.compile(r"^pytestmark = .*\bpytest\.mark\.tensorflow\b", re.M)
+
+
+def pytest_ignore_collect(collection_path):
+    """Modules with the marker may import TensorFlow, so they are not read."""
+    if HAS_TENSORFLOW or collection_path.suffix != ".py":
+        return None
+    return bool(WHOLE_MODULE.search(collection_path.read_text())) or None
+
+
+def pytest_collection_modifyitems(config, items):
+    if HAS_TENSORFLOW:
+        return
+    left_out = [item for item in items if item.get_closest_marker("tensorflow")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

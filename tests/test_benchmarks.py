@@ -1,14 +1,10 @@
 """The arithmetic of the benchmark suite; what it measures is not tested."""
 
 import argparse
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 from rich.progress import Progress
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import keras_blockwise as kb
 from benchmarks import goals
@@ -19,6 +15,8 @@ from benchmarks import report
 from benchmarks import shapes
 from benchmarks import timing
 from benchmarks.peers import Contestant
+
+pytestmark = pytest.mark.tensorflow
 
 
 @pytest.mark.parametrize(

@@ -2,33 +2,33 @@
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 
 import keras_blockwise as kb
+from helpers.processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PUBLIC_HOSTS = {"arxiv.org", "jmlr.org"}
 
 
-def blocks(language):
+def code_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
 
 
+@pytest.mark.tensorflow
 def test_python_runs_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
-    assert blocks("python")
-    for code in blocks("python"):
+    assert code_blocks("python")
+    for code in code_blocks("python"):
         exec(compile(code, "README.md", "exec"), names)
         printed = re.sub(r" +$", "", capsys.readouterr().out, flags=re.M)
-        assert not printed or printed in blocks("text"), printed
+        assert not printed or printed in code_blocks("text"), printed
     with pytest.warns(UserWarning) as warned:
         kb.BlockAdam().build(names["transformer"].trainable_variables)
     assert [f"UserWarning: {warned[0].message}\n"] == [
-        text for text in blocks("text") if "Warning" in text
+        text for text in code_blocks("text") if "Warning" in text
     ]
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import keras
@@ -9,11 +10,17 @@ import pytest
 
 import keras_blockwise as kb
 
+ROOT = Path(kb.__file__).parent
+PATHS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
 SOURCES = {
-    path.stem: ast.parse(path.read_text())
-    for path in sorted(Path(kb.__file__).parent.rglob("*.py"), reverse=True)
+    module: ast.parse(path.read_text()) for module, path in PATHS.items()
 }
 by_module = pytest.mark.parametrize("module", SOURCES)
+# Who may name TensorFlow; what of this runs on other backends is in `plain`.
+TENSORFLOW = ("execution.tensorflow", "execution.xla_cpu")
 
 
 def nodes(module, kind):
@@ -33,12 +40,18 @@ def imported_names(module):
 
 def siblings(module):
     """The modules of the package that a module imports."""
-    names = [name.split(".") for name in imported_names(module)]
-    return {
-        name[-2] if name[-2] in SOURCES else name[-1]
-        for name in names
-        if name[0] == "keras_blockwise"
-    }
+    found = set()
+    for name in imported_names(module):
+        package, _, name = name.partition(".")
+        if package == "keras_blockwise":
+            while name and name not in SOURCES:
+                inside = f"{name}.__init__"
+                if inside in SOURCES:
+                    name = inside
+                    break
+                name = name.rpartition(".")[0]
+            found.add(name or "__init__")
+    return found - {module}
 
 
 def attributes(module):
@@ -71,16 +84,31 @@ def private_names_of_keras():
 
 
 def test_the_tests_see_the_source():
-    assert {"execution", "optimizers", "partition", "step"} < set(SOURCES)
-    assert "partition" in siblings("step")
+    assert {"optimizers", "algorithm.step", "execution.plain"} < set(SOURCES)
+    assert "blocking.partition" in siblings("algorithm.step")
+    assert "execution.xla_cpu.__init__" in siblings("execution.tensorflow")
     assert "_backend_update_step" in private_names_of_keras()
     assert "_iterations" in private_names_of_keras()
 
 
 @by_module
-def test_only_execution_imports_tensorflow(module):
+def test_only_two_rooms_import_tensorflow(module):
     packages = {name.partition(".")[0] for name in imported_names(module)}
-    assert ("tensorflow" in packages) == (module == "execution")
+    if "tensorflow" in packages:
+        assert module.startswith(TENSORFLOW)
+
+
+@by_module
+def test_only_tensorflow_knows_the_tricks_for_a_cpu(module):
+    if not module.startswith(TENSORFLOW):
+        assert "cpu" not in PATHS[module].read_text().lower()
+        assert not [n for n in siblings(module) if n.startswith(TENSORFLOW[1])]
+
+
+@by_module
+def test_the_backend_is_chosen_once(module):
+    if module != "execution.__init__":
+        assert "keras.backend.backend" not in PATHS[module].read_text()
 
 
 @by_module
@@ -92,7 +120,7 @@ def test_nobody_imports_the_source_of_keras(module):
 
 @by_module
 def test_only_execution_names_private_parts_of_keras(module):
-    if module == "execution":
+    if module.startswith("execution."):
         return
     used = attributes(module) | own_names(module)
     assert not used & private_names_of_keras()
@@ -100,48 +128,59 @@ def test_only_execution_names_private_parts_of_keras(module):
 
 @by_module
 def test_private_names_are_ones_own(module):
-    if module == "execution":
+    if module.startswith("execution."):
         return
     assert set(filter(is_private, attributes(module))) <= own_names(module)
 
 
-# Module -> the modules of the package that it may import.
+# Folder or module -> the folders and modules that it may import from, besides
+# itself.
 IMPORTS = {
-    "accumulators": set(),
-    "partition": set(),
-    "reshaping": {"partition"},
-    "momentum": {"accumulators"},
-    "axes": {"partition"},
-    "layer_axes": {"axes", "partition"},
-    "schemes": {"axes", "partition"},
-    "inference": {"axes", "partition", "schemes"},
-    "entries": set(),
-    "execution": {"entries", "reduction"},
-    "reduction": {"partition", "reshaping"},
-    "step": {
-        "accumulators",
-        "momentum",
-        "partition",
-        "reduction",
-        "reshaping",
-    },
-    "blocking": {"axes", "inference", "layer_axes", "partition", "schemes"},
+    "validation": set(),
+    "blocking": set(),
+    "algorithm": {"blocking.partition"},
+    "state": {"algorithm", "blocking"},
+    "execution": {"algorithm", "blocking.partition", "state"},
+    "optimizer": {"algorithm", "blocking", "execution", "state", "validation"},
+    "optimizers": {"algorithm", "blocking", "optimizer", "validation"},
+    "summary": {"blocking", "optimizer", "state"},
+    "__init__": {"blocking", "optimizers", "state", "summary"},
 }
 
 
-@pytest.mark.parametrize("module", IMPORTS)
+@by_module
 def test_imports_go_one_way(module):
-    assert siblings(module) <= IMPORTS[module]
+    room = module.partition(".")[0]
+    allowed = (room, *IMPORTS[room])
+    for name in siblings(module):
+        assert name in allowed or name.startswith(
+            tuple(f"{other}." for other in allowed)
+        )
+
+
+def test_no_imports_in_circles():
+    graph = {module: siblings(module) for module in SOURCES}
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def lines_of(node):
+    """The lines of a function or a class, without its docstring."""
+    first = node.body[0].lineno
+    if ast.get_docstring(node) and len(node.body) > 1:
+        first = node.body[1].lineno
+    return node.end_lineno - first + 1
 
 
 @by_module
-def test_nobody_imports_the_optimizers(module):
-    if module != "__init__":
-        assert not siblings(module) & {"optimizers", "__init__"}
+def test_nothing_is_too_long_to_read(module):
+    for function in nodes(module, ast.FunctionDef):
+        assert lines_of(function) <= 50, function.name
+    for cls in nodes(module, ast.ClassDef):
+        assert lines_of(cls) <= 250, cls.name
 
 
 def test_the_step_imports_no_optimizer_and_no_variable():
-    names = imported_names("step")
+    names = imported_names("algorithm.step")
     assert {n for n in names if n.startswith("keras.")} == {"keras.ops"}
 
 
@@ -167,7 +206,7 @@ def test_nothing_is_printed_and_nothing_asserted(module):
     assert not nodes(module, ast.Assert)
 
 
-# The private hooks of Keras that `execution.py` overrides or calls.
+# The private hooks of Keras that `execution` overrides or calls.
 HOOKS = {
     "_all_reduce_sum_gradients": ["grads_and_vars"],
     "_apply_weight_decay": ["variables"],
@@ -182,6 +221,7 @@ HOOKS = {
 }
 
 
+@pytest.mark.tensorflow
 @pytest.mark.parametrize("name", HOOKS)
 def test_signatures_of_keras(name):
     hook = getattr(keras.optimizers.Optimizer, name)
@@ -190,16 +230,22 @@ def test_signatures_of_keras(name):
     assert list(inspect.signature(ours).parameters) == ["self", *HOOKS[name]]
 
 
+def used_by_execution():
+    rooms = [module for module in SOURCES if module.startswith("execution.")]
+    return set().union(*(attributes(m) | own_names(m) for m in rooms))
+
+
+@pytest.mark.tensorflow
 def test_every_hook_is_pinned():
-    used = attributes("execution") | own_names("execution")
     hooks = {
         name
-        for name in used & private_names_of_keras()
+        for name in used_by_execution() & private_names_of_keras()
         if callable(getattr(keras.optimizers.Optimizer, name, None))
     }
     assert hooks == set(HOOKS)
 
 
+@pytest.mark.tensorflow
 def test_private_attributes_of_keras_exist():
     """Those that are no methods, and so have no signature."""
     optimizer = keras.optimizers.SGD(use_ema=True)
@@ -210,7 +256,7 @@ def test_private_attributes_of_keras_exist():
         "_model_variables_moving_average",
         "_trainable_variables",
     ):
-        assert name in attributes("execution")
+        assert name in used_by_execution()
         assert hasattr(optimizer, name)
 
 

@@ -7,9 +7,13 @@ import re
 import keras
 import numpy as np
 import pytest
-from transformer import transformer
 
 import keras_blockwise as kb
+from helpers.models import mlp
+from helpers.models import optimizer_for
+from helpers.tensorflow import tf
+from helpers.training import built
+from helpers.transformer import transformer
 
 L = keras.layers
 IDS = np.arange(15).reshape(3, 5) % 11
@@ -26,31 +30,20 @@ def bytes_of(optimizer, *without):
     )
 
 
-def mlp(**kwargs):
-    return keras.Sequential(
-        [
-            keras.Input((4,)),
-            L.Dense(3, name="hidden", **kwargs),
-            L.Dense(2, name="out", **kwargs),
-        ],
-        name="mlp",
-    )
+def small():
+    return mlp(4, 3, 2, name="mlp")
 
 
-def built(optimizer, model):
-    optimizer.build(model.trainable_variables)
-    return optimizer
-
-
-def exact(model, scheme="output_unit", rules=None, cls=kb.BlockAdam, **kwargs):
-    blocking = kb.Blocking.from_model(model, scheme, rules)
-    return cls(blocking=blocking, jit_compile=False, **kwargs)
+def summary_of(model, scheme="output_unit", **kwargs):
+    """Of an optimizer that is built on a model."""
+    optimizer = optimizer_for(model, scheme, **kwargs)
+    return kb.summary(built(optimizer, model.trainable_variables))
 
 
 def test_rows():
-    model = mlp()
-    optimizer = exact(model, "layer", {"mlp/out/kernel": (None, 1)})
-    report = kb.summary(built(optimizer, model))
+    model = small()
+    rules = {"mlp/out/kernel": (None, 1)}
+    report = summary_of(model, "layer", rules=rules)
     # Momentum, 4 bytes per weight; and second moments, 4 bytes per block, which
     # the first variable of a group has for all.
     assert [vars(row) for row in report.rows] == [
@@ -124,9 +117,12 @@ SCHEMES = ["coordinate", "output_unit", "head", "layer", "model", "adam_mini"]
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_totals_are_the_bytes_that_there_are(scheme, dtype):
     model = transformer(dtype=dtype)
-    adam = built(keras.optimizers.Adam(), model)
+    adam = built(keras.optimizers.Adam(), model.trainable_variables)
     for cls, kwargs in OPTIMIZERS.values():
-        optimizer = built(exact(model, scheme, cls=cls, **kwargs), model)
+        optimizer = built(
+            optimizer_for(model, scheme, cls=cls, **kwargs),
+            model.trainable_variables,
+        )
         report = kb.summary(optimizer)
         assert report.state_bytes == bytes_of(optimizer)
         assert report.adam_bytes == bytes_of(adam)
@@ -139,16 +135,16 @@ def test_totals_are_the_bytes_that_there_are(scheme, dtype):
 
 
 def test_coordinate_blocks_cost_what_adam_costs():
-    model = mlp()
-    report = kb.summary(built(exact(model, "coordinate"), model))
+    model = small()
+    report = summary_of(model, "coordinate")
     assert report.state_bytes == report.adam_bytes
 
 
 def test_state_that_keras_adds_is_not_counted():
-    model = mlp()
+    model = small()
     kwargs = {"use_ema": True, "gradient_accumulation_steps": 2}
-    plain = kb.summary(built(exact(model), model))
-    more = kb.summary(built(exact(model, **kwargs), model))
+    plain = summary_of(model)
+    more = summary_of(model, **kwargs)
     assert more.rows == plain.rows
 
 
@@ -157,7 +153,7 @@ def test_the_state_of_lora():
     for layer in model.layers:
         if isinstance(layer, L.Dense):
             layer.enable_lora(2)
-    optimizer = built(exact(model), model)
+    optimizer = built(optimizer_for(model), model.trainable_variables)
     report = kb.summary(optimizer)
     assert report.state_bytes == bytes_of(optimizer)
     paths = [variable.path for variable in model.trainable_variables]
@@ -165,9 +161,9 @@ def test_the_state_of_lora():
 
 
 def test_variables_without_an_update_have_no_row():
-    model = mlp()
+    model = small()
     model.layers[0].quantize("float8")
-    optimizer = built(exact(model), model)
+    optimizer = built(optimizer_for(model), model.trainable_variables)
     report = kb.summary(optimizer)
     assert [row.path for row in report.rows] == [
         "mlp/hidden/kernel",
@@ -182,8 +178,8 @@ def test_variables_without_an_update_have_no_row():
 
 
 def test_compiled_model_before_training():
-    model = mlp()
-    optimizer = exact(model)
+    model = small()
+    optimizer = optimizer_for(model)
     model.compile(optimizer, "mse")
     report = kb.summary(model)
     assert not optimizer.built
@@ -194,7 +190,7 @@ def test_compiled_model_before_training():
 
 def test_loaded_model(tmp_path):
     model = transformer()
-    model.compile(exact(model, "head"), "mse")
+    model.compile(optimizer_for(model, "head"), "mse")
     model.train_on_batch(IDS, LOGITS)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -202,23 +198,22 @@ def test_loaded_model(tmp_path):
 
 
 def test_loss_scale_optimizer():
-    model = mlp()
-    optimizer = exact(model)
+    model = small()
+    optimizer = optimizer_for(model)
     outer = keras.optimizers.LossScaleOptimizer(optimizer)
     outer.build(model.trainable_variables)
     report = kb.summary(outer)
     assert report == kb.summary(optimizer)
     assert report.state_bytes == bytes_of(optimizer)
-    compiled = mlp()
-    optimizer = exact(compiled)
-    compiled.compile(keras.optimizers.LossScaleOptimizer(optimizer), "mse")
-    assert kb.summary(compiled).rows == report.rows
+    other = small()
+    optimizer = optimizer_for(other)
+    other.compile(keras.optimizers.LossScaleOptimizer(optimizer), "mse")
+    assert kb.summary(other).rows == report.rows
     assert not optimizer.built
 
 
+@pytest.mark.tensorflow
 def test_native_variables():
-    import tensorflow as tf
-
     variable = tf.Variable(np.ones((3, 2), "float32"), name="dense/kernel")
     optimizer = kb.BlockAdam()
     optimizer.build([variable])
@@ -233,8 +228,8 @@ def test_native_variables():
         (kb.BlockAdam, ValueError, "BlockAdam must be built"),
         (lambda: compiled(keras.Sequential([L.Dense(2)])), ValueError, "model"),
         (keras.optimizers.Adam, TypeError, "Adam object"),
-        (lambda: compiled(mlp(), keras.optimizers.Adam()), TypeError, "Adam"),
-        (mlp, TypeError, "Received: None"),
+        (lambda: compiled(small(), keras.optimizers.Adam()), TypeError, "Adam"),
+        (small, TypeError, "Received: None"),
         (lambda: 3, TypeError, "Received: 3"),
     ],
 )
@@ -258,9 +253,9 @@ def lines_of(report):
 
 
 def test_table_of_a_small_model():
-    model = mlp()
-    optimizer = exact(model, "layer", {"mlp/out/kernel": (None, 1)})
-    lines = lines_of(kb.summary(built(optimizer, model)))
+    model = small()
+    rules = {"mlp/out/kernel": (None, 1)}
+    lines = lines_of(summary_of(model, "layer", rules=rules))
     table = [re.sub(r" +", " ", line.strip()) for line in lines]
     assert "BlockAdam, blocks by" in table[0]
     text = "\n".join(table)
@@ -296,14 +291,14 @@ def resnet(depth):
 def test_long_models_are_folded(make, variables, scheme):
     model = make()
     assert len(model.trainable_variables) == variables
-    report = kb.summary(built(exact(model, scheme), model))
+    report = summary_of(model, scheme)
     assert len(report.rows) == variables
     assert len(lines_of(report)) < 60
 
 
 def test_folded_lines_add_up():
     model = resnet(65)
-    report = kb.summary(built(exact(model), model))
+    report = summary_of(model)
     text = re.sub(r" +", " ", "\n".join(lines_of(report)))
     # 65 kernels of 4 blocks; 65 * (4 * 144 + 4 * 4) bytes.
     assert re.search(r"\(3, 3, 4, 4\) \(3, 3, 4, 1\) 260 37.6 KiB", text), text
@@ -317,14 +312,14 @@ def test_long_names_fit():
         [keras.Input((4,)), L.Dense(3, name=name), L.Dense(2, name="b")]
     )
     rules = {rf".*/{name}/kernel": (2, 1)}
-    report = kb.summary(built(exact(model, rules=rules), model))
+    report = summary_of(model, rules=rules)
     text = "".join("".join(lines_of(report)).split())
     assert "(2,1)" in text
 
 
 def test_table_says_what_shares():
-    model = mlp()
-    report = kb.summary(built(exact(model, "model"), model))
+    model = small()
+    report = summary_of(model, "model")
     assert [row.num_blocks for row in report.rows] == [1, 0, 0, 0]
     assert "in 1 blocks" in "\n".join(lines_of(report))
     assert {row.group for row in report.rows} == {"/"}
@@ -332,7 +327,7 @@ def test_table_says_what_shares():
 
 def test_rows_are_plain_data():
     model = transformer()
-    report = kb.summary(built(exact(model), model))
+    report = summary_of(model)
     json.dumps([vars(row) for row in report.rows])
 
 

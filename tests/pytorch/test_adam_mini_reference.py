@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from adam_mini import Adam_mini
-from transformer import transformer
 
 import keras_blockwise as kb
+from helpers.transformer import transformer
 
 DIM, NUM_HEADS, STEPS = 8, 2, 25
 
@@ -55,7 +55,7 @@ def to_torch(path, x):
     return torch.tensor(np.ascontiguousarray(x))
 
 
-def learning_rate(step):
+def warm_up(step):
     """Warm-up, then decay; numbers that float32 can hold."""
     return 2.0**-6 * min(step + 1, 8) if step < 16 else 2.0**-5
 
@@ -97,10 +97,10 @@ def test_equal_steps(num_key_value_heads, value):
     scales = [np.exp(rng.normal(size=v.shape)) for v in variables]
     for step in range(STEPS):
         gradients = [scale * rng.normal(size=scale.shape) for scale in scales]
-        optimizer.learning_rate = learning_rate(step)
+        optimizer.learning_rate = warm_up(step)
         optimizer.apply(gradients, variables)
         for group in reference.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = warm_up(step)
         for path, (_, parameter), gradient in zip(paths, named, gradients):
             parameter.grad = to_torch(path, gradient)
         reference.step()

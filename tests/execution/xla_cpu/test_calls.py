@@ -1,0 +1,199 @@
+"""A step in a graph takes two calls, the second of the first variables."""
+
+import pytest
+import tensorflow as tf
+
+import keras_blockwise as kb
+from helpers.arrays import assert_near
+from helpers.arrays import to_numpy
+from helpers.cases import each_class
+from helpers.cases import make_gradients
+from helpers.cases import make_variables
+from helpers.cases import slots_of
+from helpers.cases import tensors
+from helpers.programs import compiled_functions
+from helpers.programs import indices_of_calls
+from helpers.replicas import check_replicas
+from helpers.replicas import two_replicas
+from helpers.training import eager
+from helpers.training import falling
+from helpers.training import graph
+from helpers.training import train
+from keras_blockwise.execution.plain import PlainKernels
+from keras_blockwise.execution.xla_cpu import calls
+
+pytestmark = pytest.mark.tensorflow
+# The first three are a part of a layer, and of what is kept in one variable.
+SHAPES = {
+    f"layer_{i}/{name}": shape
+    for i in range(10)
+    for name, shape in {
+        "kernel": (4, 3),
+        "bias": (3,),
+        "gamma": (5,),
+        "beta": (5,),
+    }.items()
+}
+STEPS = 3
+BY_VARIABLE = {range(3, 40), range(3)}
+BY_LAYER = {range(4, 40), range(4)}
+ALL = {range(40)}
+
+
+def train_all(optimizer, wrap):
+    """The variables and all state after some steps."""
+    gradients = make_gradients(STEPS, SHAPES)
+    return train(optimizer, make_variables(SHAPES), gradients, wrap, falling)
+
+
+@pytest.mark.parametrize("blocking", ["output_unit", "layer"])
+@each_class
+def test_two_calls_have_the_numbers_of_one(case, blocking):
+    one, two = [
+        case.make(blocking=blocking, weight_decay=0.1) for _ in range(2)
+    ]
+    ends = train_all(one, eager), train_all(two, graph)
+    assert indices_of_calls(one) == ALL
+    expected = BY_LAYER if blocking == "layer" else BY_VARIABLE
+    assert indices_of_calls(two) == expected
+    assert_near(*ends)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"use_ema": True, "ema_overwrite_frequency": 2},
+        {"global_clipnorm": 0.5},
+    ],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_two_calls_with_the_options_of_keras(kwargs):
+    one, two = kb.BAGM(0.1, **kwargs), kb.BAGM(0.1, **kwargs)
+    assert_near(train_all(two, graph), train_all(one, eager))
+    assert indices_of_calls(two) == BY_VARIABLE
+
+
+def test_one_call_on_the_plain_path():
+    assert PlainKernels().calls(range(40)) == [slice(None)]
+
+
+def test_one_call_if_all_share_an_accumulator():
+    optimizer = kb.BAGM(blocking="model")
+    train_all(optimizer, graph)
+    assert indices_of_calls(optimizer) == ALL
+
+
+def test_one_call_if_all_gradients_are_needed():
+    optimizer = kb.BAGM(skip_nonfinite=True)
+    train_all(optimizer, graph)
+    assert indices_of_calls(optimizer) == ALL
+
+
+def joined(optimizer, count, size=5):
+    """How many gradients are joined by each operation of a graph."""
+    optimizer.build(make_variables({f"v{i}": (size,) for i in range(count)}))
+    function = tf.function(optimizer.apply, autograph=False)
+    vectors = [tf.TensorSpec((size,))] * count
+    operations = function.get_concrete_function(vectors).graph.get_operations()
+    return [
+        len(op.inputs) - 1
+        for op in operations
+        if op.type == "ConcatV2" and op.inputs[0].op.type == "Placeholder"
+    ]
+
+
+def test_vectors_are_joined():
+    assert joined(kb.BAGM(), 15) == []
+    assert joined(kb.BAGM(), 16) == [16]
+    assert joined(kb.BAGM(), 16, 4095) == [16]
+    assert joined(kb.BAGM(), 16, 4096) == []
+
+
+@each_class
+def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
+    """The three ways in turn: in a graph, the gradients are others."""
+    shapes = dict(list(SHAPES.items())[:28])
+    plain, mixed = [case.make(blocking="output_unit") for _ in range(2)]
+    ends = []
+    for optimizer in (plain, mixed):
+        variables = make_variables(shapes)
+        optimizer.build(variables)
+        ways = [
+            optimizer.apply,
+            tf.function(optimizer.apply, autograph=False),
+            tf.function(optimizer.apply, autograph=False, jit_compile=True),
+        ]
+        for step, gradients in enumerate(make_gradients(6, shapes)):
+            way = ways[step % 3 if optimizer is mixed else 0]
+            way(tensors(gradients))
+        ends.append(to_numpy(variables) + list(slots_of(optimizer).values()))
+    assert_near(*ends)
+
+
+def test_one_call_if_the_caller_compiles():
+    optimizer = kb.BAGM()
+    variables = make_variables(SHAPES)
+    optimizer.build(variables)
+    (gradients,) = make_gradients(1, SHAPES)
+    apply = tf.function(optimizer.apply, jit_compile=True, autograph=False)
+    apply(tensors(gradients))
+    assert indices_of_calls(optimizer) == ALL
+
+
+def test_one_call_without_xla(monkeypatch):
+    optimizer = kb.BAGM(jit_compile=False)
+    # To call it is an error.
+    monkeypatch.setattr(calls, "first_and_rest", None)
+    train_all(optimizer, graph)
+
+
+@pytest.mark.parametrize(
+    "count, expected",
+    [(31, {range(31)}), (32, {range(3, 32), range(3)})],
+    ids=["31", "32"],
+)
+def test_few_variables_take_one_call(count, expected):
+    optimizer = kb.BAGM(blocking="variable")
+    shapes = dict(list(SHAPES.items())[:count])
+    optimizer.build(make_variables(shapes))
+    (gradients,) = make_gradients(1, shapes)
+    tf.function(optimizer.apply, autograph=False)(tensors(gradients))
+    assert indices_of_calls(optimizer) == expected
+
+
+def test_the_last_variables_do_not_wait_for_the_first_gradient():
+    optimizer = kb.BAGM(blocking="output_unit")
+    optimizer.build(make_variables(SHAPES))
+    (gradients,) = make_gradients(1, SHAPES)
+
+    @tf.function(autograph=False)
+    def step(first, *others):
+        optimizer.apply([tf.identity(first, name="first"), *others])
+
+    graph = step.get_concrete_function(*tensors(gradients)).graph
+
+    def needs_the_first(operation):
+        seen, found = set(), [operation]
+        while found:
+            op = found.pop()
+            if op not in seen:
+                seen.add(op)
+                found += [x.op for x in op.inputs] + op.control_inputs
+        return graph.get_operation_by_name("first") in seen
+
+    updates = [op for op in graph.get_operations() if "Call" in op.type]
+    assert [needs_the_first(op) for op in updates] == [False, True]
+
+
+def test_replicas_have_the_numbers_of_one_device():
+    made = []
+
+    def make():
+        made.append(kb.BAGM(0.1, blocking="layer"))
+        return made[-1]
+
+    check_replicas(two_replicas(), make, SHAPES)
+    on_replicas, _ = made
+    assert indices_of_calls(on_replicas) == BY_LAYER
+    assert len(compiled_functions(on_replicas)) == 2 * 2

@@ -1,0 +1,304 @@
+"""Updates in rows: the numbers of whole ones, in place, and where they are."""
+
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from helpers.arrays import assert_close
+from helpers.cases import SCHEMES
+from helpers.cases import each_case
+from helpers.cases import make_gradients
+from helpers.cases import make_variables
+from helpers.cases import tensors
+from helpers.programs import compiled_functions
+from helpers.programs import has_loop
+from helpers.programs import main_of
+from helpers.programs import program_of
+from helpers.replicas import distribute
+from helpers.replicas import local_values
+from helpers.replicas import replica_gradients
+from helpers.replicas import two_replicas
+from helpers.training import falling
+from helpers.training import train
+from keras_blockwise import BAGM
+from keras_blockwise import BlockAdam
+from keras_blockwise.execution.xla_cpu import rows
+from keras_blockwise.execution.xla_cpu.rows import Pass
+from keras_blockwise.execution.xla_cpu.rows import merging_axes
+from keras_blockwise.execution.xla_cpu.rows import rows_of
+from keras_blockwise.execution.xla_cpu.rows import rows_of_each
+
+# Square, odd, of rank 1 to 4; the smallest is never cut.
+SHAPES = {
+    "dense/kernel": (8, 8),
+    "dense/bias": (12,),
+    "embedding/embeddings": (12, 5),
+    "conv2d/kernel": (3, 3, 4, 2),
+    "query/kernel": (8, 2, 3),
+    "odd/kernel": (7, 3),
+}
+# The names of variables say little of their blocks.
+NAMES = pytest.mark.filterwarnings("ignore:Names and shapes")
+pytestmark = [pytest.mark.tensorflow, NAMES]
+
+
+@pytest.fixture
+def cut_from(monkeypatch):
+    """Sets from how many entries on a variable is cut into rows."""
+    return lambda entries: monkeypatch.setattr(rows, "LARGE", entries)
+
+
+@pytest.fixture
+def short_rows(monkeypatch, cut_from):
+    """Cuts whatever gains from it, but for the smallest, however small."""
+    monkeypatch.setattr(rows, "SHORTEST", 1)
+    monkeypatch.setattr(rows, "LONGEST", 16)
+    monkeypatch.setattr(rows, "PER_CORE", 0)
+    cut_from(1)
+
+
+@pytest.fixture
+def is_cut(short_rows, cut_from):
+    """Whether an update is cut into rows; if so, it has the same numbers."""
+
+    def check(make, dtype="float32", gradients=None, atol=1e-9):
+        gradients = gradients or make_gradients(3, SHAPES)
+        results, loops = [], []
+        for least in (1, 10**9):
+            cut_from(least)
+            optimizer = make(jit_compile=True)
+            weights = make_variables(SHAPES, dtype)
+            ends = train(optimizer, weights, gradients, before=falling)
+            results.append(ends)
+            loops.append(has_loop(compiled_functions(optimizer)[0]))
+        assert not loops[1]
+        assert_close(*results, 2e-6, atol)
+        return loops[0]
+
+    return check
+
+
+@pytest.mark.parametrize("blocking", ["variable", "coordinate"])
+@each_case
+def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
+    def make(**kwargs):
+        return case.make(weight_decay=0.1, blocking=blocking, **kwargs)
+
+    # Each coordinate takes steps of 0.1, with their rounding, also to zero.
+    atol = 1e-8 if blocking == "coordinate" else 1e-9
+    cut = is_cut(make, atol=atol)
+    rule = case.make().rule()
+    assert cut == (
+        blocking == "coordinate"
+        or (rule.momentum.has_state and not rule.momentum_of_gradient)
+    )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_of_every_scheme(scheme, is_cut):
+    def make(**kwargs):
+        return BAGM(blocking=scheme, **kwargs)
+
+    assert is_cut(make)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["momentum", "weights"])
+def test_no_rows_of_16_bits(stored, dtype, is_cut):
+    """XLA would copy all of a variable to write one of its rows."""
+    momentum_dtype, weight_dtype = {
+        "momentum": (dtype, "float32"),
+        "weights": ("float32", dtype),
+    }[stored]
+
+    def make(**kwargs):
+        return BAGM(momentum_dtype=momentum_dtype, **kwargs)
+
+    assert not is_cut(make, weight_dtype)
+
+
+def test_rows_of_float64(is_cut):
+    assert is_cut(BAGM, "float64")
+
+
+def test_a_skipped_step_leaves_every_row(is_cut):
+    def make(**kwargs):
+        return BAGM(skip_nonfinite=True, **kwargs)
+
+    gradients = make_gradients(3, SHAPES)
+    gradients[1][0][-1, -1] = np.inf
+    assert is_cut(make, gradients=gradients)
+
+
+def test_an_infinite_weight_changes_its_own_row_alone(short_rows):
+    """Also where it is looked at to know that it has been written."""
+    results = []
+    for jit_compile in (True, False):
+        variables = make_variables(SHAPES)
+        kernel = np.array(variables[0])
+        kernel[::2, 0] = np.inf
+        variables[0].assign(kernel)
+        optimizer = BAGM(blocking="variable", jit_compile=jit_compile)
+        results.append(train(optimizer, variables, make_gradients(1, SHAPES)))
+    assert_close(*results, 2e-6)
+
+
+@pytest.mark.parametrize("scheme", ["variable", "output_unit"])
+def test_rows_are_written_in_place(scheme, short_rows):
+    """A copy for every row would make the step a hundred times slower."""
+    program = program_of(BAGM(blocking=scheme), (512, 8), "ab")
+    made = re.findall(r"= \w+\[([\d,]*)\]\S* (copy|fusion)\(", program)
+    large = [
+        operation
+        for dims, operation in made
+        if np.prod([int(n) for n in dims.split(",") if n]) == 512 * 8
+    ]
+    assert " while(" in program
+    assert large == ["fusion"] * 4  # Two kernels, and the momentum of each.
+
+
+@pytest.mark.parametrize("count", [3, 16], ids=["alone", "together"])
+@pytest.mark.parametrize("scheme", ["variable", "output_unit"])
+def test_a_sum_stands_next_to_the_momentum(scheme, count):
+    """In the order of the program, the gradient is still in the cache."""
+    layers = [f"dense_{i}" for i in range(count)]
+    program = program_of(BlockAdam(blocking=scheme), (96, 64), layers)
+    main = main_of(program)
+    # What reads a gradient, in order, and whether it makes a whole variable.
+    reads = re.findall(r"= f32\[([\d,]*)\]\S* fusion\(%arg(\d+)\.", main)
+    whole = [
+        (dims == "96,64", int(gradient))
+        for dims, gradient in reads
+        if 2 <= int(gradient) < 2 + count
+    ]
+    assert whole == [(m, 2 + i) for i in range(count) for m in (False, True)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cls", [BlockAdam, BAGM])
+def test_a_narrow_momentum_needs_no_copy(cls, dtype):
+    optimizer = cls(momentum_dtype="bfloat16")
+    program = program_of(optimizer, (96, 64), "abc", dtype)
+    main = main_of(program)
+    made = re.findall(r"= (\w+)\[96,64\]\S* (?!parameter)(\w+)\(", main)
+    kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    # The weights and the momentum of three kernels, and nothing else.
+    assert sorted(made) == sorted([(kind, "fusion"), ("bf16", "fusion")] * 3)
+
+
+@pytest.mark.parametrize("cls", [BlockAdam, BAGM])
+def test_blocks_of_one_entry_need_no_other_memory(cls):
+    """What the weights and the momentum both need is made twice, not kept."""
+    program = program_of(cls(blocking="coordinate"), (96, 64), "abc")
+    main = main_of(program)
+    made = re.findall(r"= f32\[96,64\]\S* (?!parameter)(\w+)\(", main)
+    # The weights, the momentum and the velocity of three kernels.
+    assert made == ["fusion"] * 9
+
+
+def body_of_loop(program):
+    name = re.search(r" while\(.* body=(%[\w.]+)", program)[1]
+    return re.search(rf"^{re.escape(name)} .*?^}}", program, re.M | re.S)[0]
+
+
+def update(shape, *inputs):
+    *arrays, values = (np.broadcast_to(0.0, i) for i in (*inputs, shape, shape))
+    return Pass(None, tuple(arrays), (values,), in_rows=True)
+
+
+@pytest.mark.parametrize(
+    "shape, scale, axes",
+    [
+        ((6, 4), (1, 1), 2),
+        ((6, 4), (1, 4), 1),
+        ((6, 4), (6, 1), 1),
+        ((6, 4), (6, 4), 2),
+        ((3, 3, 8, 4), (1, 1, 1, 4), 3),
+        ((3, 3, 8, 4), (1, 1, 8, 1), 2),
+        ((1, 6, 4), (1, 6, 1), 2),
+        ((6, 1, 4), (1, 1, 4), 2),
+        ((1, 1), (1, 1), 2),
+        ((), (), 0),
+    ],
+)
+def test_axes_that_can_be_one(shape, scale, axes):
+    assert merging_axes(update(shape, scale)) == axes
+
+
+def test_how_many_rows():
+    # 2 ** 15 entries in each, or fewer if that is not a divisor.
+    assert rows_of(update((1024, 1024), (1, 1))) == 32
+    assert rows_of(update((1024, 1024), (1, 1024))) == 32
+    assert rows_of(update((768, 768), (1, 1))) == 18
+    assert rows_of(update((768, 3072), (1, 3072))) == 96
+    assert rows_of(update((50257, 768), (50257, 1))) == 1733
+    assert rows_of(update((2**20,))) == 32
+    # Less than 2 ** 18 entries, rows of less than 2 ** 13, more than 2 ** 15.
+    assert rows_of(update((512, 512), (1, 1))) == 8
+    assert rows_of(update((511, 512), (1, 1))) == 1
+    assert rows_of(update((1031, 1024), (1, 1024))) == 1
+    assert rows_of(update((4, 2**18), (1, 2**18))) == 1
+    assert rows_of(update((1024, 1024))._replace(in_rows=False)) == 1
+
+
+def test_what_is_cut():
+    bias, large = update((1024,), (1,)), update((1024, 1024), (1, 1))
+    assert rows_of_each([bias, *[large] * 16], cores=2) == {
+        i: 32 for i in range(1, 17)
+    }
+    # Too few loops for the cores, of which no more than four make any.
+    assert not rows_of_each([bias, *[large] * 15], cores=2)
+    assert not rows_of_each([bias, *[large] * 16], cores=3)
+    assert len(rows_of_each([bias, *[large] * 32], cores=64)) == 32
+    # The smallest is left, and what would keep one of the cores too long.
+    assert not rows_of_each([large] * 16, cores=2)
+    assert 0 not in rows_of_each([large] * 17, cores=2)
+    larger = update((2**15, 1024), (1, 1))
+    assert 17 not in rows_of_each([bias, *[large] * 16, larger], cores=2)
+    assert 17 in rows_of_each([bias, *[large] * 16, larger], cores=1)
+
+
+def test_loops_share_no_memory(short_rows):
+    """Otherwise XLA would run them one after the other."""
+    program = program_of(BAGM(blocking="output_unit"), (512, 8), "abc")
+    made = re.findall(
+        r"= (\w+\[[\d,]*\])\S* (fusion|copy)\(", body_of_loop(program)
+    )
+    # The kernel, its momentum, the next row, and whether there is one: the
+    # state, which has the next row twice.
+    assert sorted(made) == sorted([
+        *[("f32[256,2,8]", "fusion")] * 2,
+        ("f32[]", "fusion"), ("f32[]", "copy"), ("pred[]", "fusion"),
+    ])  # fmt: skip
+    # One kernel reads that of both loops when they have ended.
+    main = main_of(program)
+    scalar = (
+        r"(%[\w.]+) = (?:f32|pred)\[\]\S* get-tuple-element\(%(?:while|call)"
+    )
+    state = set(re.findall(scalar, main))
+    operands = re.findall(r"= f32\[512,8\]\S* fusion\((.*?)\)", main)
+    assert len(state) == 2 * 3
+    assert any(state <= set(re.findall(r"%[\w.]+", own)) for own in operands)
+
+
+def test_a_step_under_a_strategy_is_cut_on_each_replica(short_rows):
+    strategy = two_replicas()
+    with strategy.scope():
+        optimizer = BAGM(0.1, blocking="variable")
+        variables = make_variables(SHAPES)
+        optimizer.build(variables)
+    (replicas,), sums = replica_gradients(strategy, 1, SHAPES)
+
+    @tf.function(autograph=False)
+    def step(*given):
+        strategy.run(lambda *given: optimizer.apply(given), given)
+
+    step(*distribute(strategy, list(map(tensors, replicas))))
+    twin = BAGM(0.1, blocking="variable", jit_compile=False)
+    expected = train(twin, make_variables(SHAPES), sums)
+    assert len(compiled_functions(optimizer)) == 2
+    assert all(map(has_loop, compiled_functions(optimizer)))
+    for variable, value in zip(variables, expected):
+        assert_close(local_values(strategy, variable), [value, value], 2e-5)

@@ -1,0 +1,155 @@
+"""The table of optimizers that drives the common tests.
+
+Every public optimizer has at least one row; `test_optimizers.py` checks that.
+"""
+
+import inspect
+from typing import Any
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import pytest
+
+import keras_blockwise as kb
+from keras_blockwise.state.saving import slot_entries
+
+
+class Case(NamedTuple):
+    """One optimizer with arguments of its own.
+
+    Args:
+        cls: Class of the optimizer.
+        kwargs: Arguments, all other than their defaults.
+        keras_cls: The Keras optimizer that it equals with coordinate blocks.
+        keras_kwargs: The arguments of that.
+    """
+
+    cls: type[keras.optimizers.Optimizer]
+    kwargs: dict[str, Any] = {}
+    keras_cls: type[keras.optimizers.Optimizer] | None = None
+    keras_kwargs: dict[str, Any] = {}
+
+    def make(self, learning_rate: Any = 0.01, **kwargs: Any) -> Any:
+        return self.cls(learning_rate, **{**self.kwargs, **kwargs})
+
+    def make_keras(self, learning_rate: Any = 0.01, **kwargs: Any) -> Any:
+        return self.keras_cls(learning_rate, **{**self.keras_kwargs, **kwargs})
+
+    @property
+    def id(self) -> str:
+        arguments = [f"{key}={value}" for key, value in self.kwargs.items()]
+        return "-".join([self.cls.__name__, *arguments])
+
+
+Adagrad = keras.optimizers.Adagrad
+Adam = keras.optimizers.Adam
+RMSprop = keras.optimizers.RMSprop
+# Betas that float32 can hold: Keras rounds them to it even in float64.
+BETAS = {"beta_1": 0.875, "beta_2": 1 - 2.0**-9}
+
+CASES = [
+    Case(kb.BlockAdam, {}, Adam),
+    Case(kb.BlockAdam, BETAS, Adam, BETAS),
+    Case(
+        kb.BlockAdam,
+        {"amsgrad": True, **BETAS},
+        Adam,
+        {"amsgrad": True, **BETAS},
+    ),
+    Case(kb.AdamMini),
+    Case(kb.BAGM),
+    Case(kb.BAGM, {"nesterov": False}),
+    Case(kb.BAGM, {"accumulator": "polynomial", "power": 2.0}),
+    Case(kb.BAGM, {"momentum": 0.0}),
+    Case(kb.BAG, {}, Adagrad),
+    Case(
+        kb.BAG,
+        {"initial_accumulator_value": 0.5, "epsilon": 1e-3},
+        Adagrad,
+        {"initial_accumulator_value": 0.5, "epsilon": 1e-3},
+    ),
+    Case(kb.BlockRMSprop, {}, RMSprop),
+    Case(kb.BlockRMSprop, {"centered": True}, RMSprop, {"centered": True}),
+    Case(
+        kb.BlockRMSprop,
+        {"momentum": 0.5, "centered": True, "rho": 0.75},
+        RMSprop,
+        {"momentum": 0.5, "centered": True, "rho": 0.75},
+    ),
+]
+# The row of each class with the most state.
+LAST_OF_CLASS = list({case.cls: case for case in CASES}.values())
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+each_class = pytest.mark.parametrize(
+    "case", LAST_OF_CLASS, ids=lambda case: case.cls.__name__
+)
+OPTIMIZERS = [
+    value
+    for value in map(vars(kb).get, kb.__all__)
+    if inspect.isclass(value) and issubclass(value, keras.optimizers.Optimizer)
+]
+SCHEMES = [
+    "coordinate",
+    "output_unit",
+    "input_unit",
+    "filter",
+    "head",
+    "variable",
+    "layer",
+    "model",
+    "adam_mini",
+    "adam_mini_short",
+]
+
+SHAPES = {
+    "dense/kernel": (4, 3),
+    "dense/bias": (3,),
+    "embedding/embeddings": (5, 2),
+}
+
+
+def make_variables(shapes=SHAPES, dtype="float32", seed=0):
+    """Variables with the given paths."""
+    rng = np.random.default_rng(seed)
+    variables = []
+    for path, shape in shapes.items():
+        layer, _, name = path.rpartition("/")
+        with keras.name_scope(layer):
+            value = rng.normal(1.0, 0.2, shape)
+            variables.append(keras.Variable(value, dtype=dtype, name=name))
+    return variables
+
+
+def make_gradients(steps, shapes=SHAPES, seed=1):
+    """Random gradients of each step, no two coordinates on one scale.
+
+    All can be held exactly by bfloat16, so that casting them changes nothing.
+    """
+    rng = np.random.default_rng(seed)
+    scales = [np.exp(rng.normal(0.0, 1.5, s)) for s in shapes.values()]
+    return [
+        [to_bfloat16(scale * rng.normal(size=scale.shape)) for scale in scales]
+        for _ in range(steps)
+    ]
+
+
+def to_bfloat16(x):
+    """The nearest numbers that bfloat16 can hold, as float64."""
+    return np.float64(np.float64(x).astype("bfloat16"))
+
+
+def tensors(gradients, dtype="float32"):
+    """The gradients of one step as tensors, of one dtype or of one each."""
+    dtypes = [dtype] * len(gradients) if isinstance(dtype, str) else dtype
+    return [
+        g if g is None else keras.ops.convert_to_tensor(g, own)
+        for g, own in zip(gradients, dtypes, strict=True)
+    ]
+
+
+def slots_of(optimizer):
+    """The values of all slots, by name, whichever variable has them."""
+    state = optimizer.block_state
+    names = [e.name for e in slot_entries(state.variables, state.slots)]
+    return dict(zip(names, state.values(), strict=True))

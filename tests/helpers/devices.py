@@ -1,0 +1,22 @@
+"""How the backend is set up in every process of the tests."""
+
+import keras
+
+from helpers.tensorflow import tf
+
+
+def set_up(count=2):
+    """Logical devices of TensorFlow; the float64 that JAX does not have."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+    if tf is None:
+        return
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * count
+    )
+    # Many processes share the cores.
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    tf.config.threading.set_intra_op_parallelism_threads(1)
