@@ -6,11 +6,12 @@ from helpers.tensorflow import tf
 
 
 def set_up(count=2):
-    """Logical devices of TensorFlow; the float64 that JAX does not have."""
+    """Logical devices, and the float64 that JAX does not have by default."""
     if keras.backend.backend() == "jax":
         import jax
 
         jax.config.update("jax_enable_x64", True)
+        jax.config.update("jax_num_cpu_devices", 8)
     if tf is None:
         return
     cpu = tf.config.list_physical_devices("CPU")[0]

@@ -1,0 +1,148 @@
+"""State that `keras.distribution` shards as the weights are: on JAX alone."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import keras_blockwise as kb
+from helpers.arrays import assert_close
+
+if keras.backend.backend() != "jax":
+    pytest.skip("needs the devices of JAX", allow_module_level=True)
+
+import jax
+
+distribution = keras.distribution
+MAKE = {
+    "Adam": lambda: keras.optimizers.Adam(1e-3),
+    "BlockAdam": lambda: kb.BlockAdam(1e-3),
+    "BlockAdam of entries": lambda: kb.BlockAdam(1e-3, blocking="coordinate"),
+    "BlockAdam of layers": lambda: kb.BlockAdam(1e-3, blocking="layer"),
+    "AdamMini": lambda: kb.AdamMini(1e-3),
+    "BAGM": lambda: kb.BAGM(1e-3, use_ema=True),
+    "BAG": lambda: kb.BAG(1e-2),
+    "BlockRMSprop": lambda: kb.BlockRMSprop(1e-3, momentum=0.5, centered=True),
+}
+OURS = [name for name in MAKE if name != "Adam"]
+
+
+def data_parallel():
+    return distribution.DataParallel(devices=distribution.list_devices())
+
+
+def model_parallel():
+    """Two groups of four devices, which have parts of two kernels each.
+
+    The patterns match the paths of slots as well.
+    """
+    mesh = distribution.DeviceMesh(
+        (2, 4), ("batch", "model"), distribution.list_devices()
+    )
+    layouts = distribution.LayoutMap(mesh)
+    layouts[".*up.*kernel.*"] = (None, "model")
+    layouts[".*up.*bias.*"] = ("model",)
+    layouts[".*down.*kernel.*"] = ("model", None)
+    return distribution.ModelParallel(
+        layout_map=layouts, batch_dim_name="batch"
+    )
+
+
+DISTRIBUTIONS = {"data": data_parallel, "model": model_parallel}
+
+
+def train(make, distribute=None, fits=2):
+    """A model that was made and trained under a distribution."""
+    if distribute:
+        distribution.set_distribution(distribute())
+    try:
+        keras.utils.set_random_seed(0)
+        layers = [
+            keras.layers.Dense(256, activation="tanh", name="up"),
+            keras.layers.Dense(128, activation="tanh", name="down"),
+            keras.layers.Dense(1, name="out"),
+        ]
+        model = keras.Sequential([keras.Input((32,)), *layers])
+        model.compile(make(), "mse")
+        x = np.random.default_rng(0).normal(size=(64, 32)).astype("float32")
+        for _ in range(fits):
+            model.fit(x, x[:, :1], batch_size=32, shuffle=False, verbose=0)
+    finally:
+        distribution.set_distribution(None)
+    return model
+
+
+def program_of_update(model):
+    """What XLA makes of a step of the optimizer."""
+    optimizer = model.optimizer
+    weights = [v.value for v in model.trainable_variables]
+    state = [v.value for v in optimizer.variables]
+    shardings = [x.sharding for x in weights], [x.sharding for x in state]
+    step = jax.jit(optimizer.stateless_apply, out_shardings=shardings)
+    return step.lower(state, weights, weights).compile().as_text()
+
+
+def bytes_sent(program):
+    """The bytes of the results of each kind of collective."""
+    sizes = {"f32": 4, "s32": 4, "pred": 1}
+    sent = {}
+    for result, kind in re.findall(
+        r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute"
+        r"|reduce-scatter)(?:-start)?\(",
+        program,
+    ):
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            count = np.prod([int(n) for n in dims.split(",") if n])
+            sent[kind] = sent.get(kind, 0) + int(count) * sizes[dtype]
+    return sent
+
+
+def bytes_per_device(variables):
+    return sum(v.value.addressable_shards[0].data.nbytes for v in variables)
+
+
+@pytest.mark.parametrize("how", DISTRIBUTIONS)
+@pytest.mark.parametrize("name", OURS)
+def test_numbers_of_one_device_and_nothing_gathered(name, how):
+    make = MAKE[name]
+    model = train(make, DISTRIBUTIONS[how])
+    alone = train(make)
+    for variables, expected in (
+        (model.variables, alone.variables),
+        (model.optimizer.variables, alone.optimizer.variables),
+    ):
+        assert_close(
+            [np.array(v) for v in variables],
+            [np.array(v) for v in expected],
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    sent = bytes_sent(program_of_update(model))
+    assert sent.keys() <= {"all-reduce"}
+    # One number for each block that devices share, and for the mean.
+    limit = {"data": 0, "model": 2 * 4 * 128 * 4}[how]
+    assert sum(sent.values()) <= limit
+
+
+def test_state_per_device_is_half_of_adam():
+    adam = train(MAKE["Adam"], model_parallel, fits=1).optimizer.variables
+    ours = train(MAKE["BlockAdam"], model_parallel, fits=1).optimizer.variables
+    assert bytes_per_device(ours) <= 0.52 * bytes_per_device(adam)
+
+
+@pytest.mark.parametrize("axes", [(None, "model"), ("model", None)])
+def test_slots_have_the_layout_of_their_variable(axes):
+    mesh = distribution.DeviceMesh(
+        (2, 4), ("batch", "model"), distribution.list_devices()
+    )
+    layout = distribution.TensorLayout(axes, mesh)
+    with keras.name_scope("dense"):
+        kernel = keras.Variable(np.ones((8, 8)), name="kernel", layout=layout)
+    optimizer = kb.BlockAdam(blocking="output_unit")
+    optimizer.build([kernel])
+    *_, momentum, velocity = (
+        v.value.sharding.shard_shape(v.shape) for v in optimizer.variables
+    )
+    assert momentum == {(None, "model"): (8, 2), ("model", None): (2, 8)}[axes]
+    assert velocity == {(None, "model"): (1, 2), ("model", None): (1, 8)}[axes]
