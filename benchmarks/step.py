@@ -45,7 +45,8 @@ def main() -> None:
         help="default: %(default)s",
     )
     report.add_list(parser, "--peers", ("keras", *peers.PEERS))
-    report.add_list(parser, "--schemes", peers.SCHEMES)
+    schemes = (*peers.SCHEMES, "coordinate")
+    report.add_list(parser, "--schemes", schemes, peers.SCHEMES)
     report.add_list(parser, "--modes", peers.MODES)
     args = parser.parse_args()
     names, sentences = peers.without_missing(args.peers)

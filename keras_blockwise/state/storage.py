@@ -35,12 +35,12 @@ Array = Any
 # `(variable, name, shape, dtype, value)`, the variable of the first slot.
 AddSlot = Callable[[Variable, str, Shape, str, float], Variable]
 
-# Fewer numbers than these cost a program the start of its work, not the work:
-# such slots are kept together. A `tf.train.Checkpoint` has the variables as
-# they are, so another number is another format.
+# Slots with fewer numbers are kept together: a kernel for them takes as long to
+# launch as to run. A `tf.train.Checkpoint` has the state variables as they are,
+# so this number and the next one are part of its format.
 SMALL = 4096
-# How many in one variable: XLA compiles as many kernels, and uses them again
-# for the next ones. Another number is another format, too.
+# How many small slots share a variable. XLA compiles one kernel for each of
+# them, and uses these again for the next variable.
 TOGETHER = 16
 
 

@@ -1,4 +1,4 @@
-"""Dependencies that XLA cannot see through, to order what it computes."""
+"""Optimization barriers and false dependencies, which steer XLA's schedule."""
 
 from typing import Any
 
@@ -15,6 +15,6 @@ def materialize(tensor: Tensor) -> Tensor:
 
 
 def after(tensor: Tensor, value: Tensor) -> Tensor:
-    """`value`, which XLA believes to depend on `tensor`."""
+    """`value`, with a false dependency on `tensor`: XLA computes it later."""
     never = tf.reshape(tensor, [-1])[0] > np.inf
     return tf.where(never, tf.zeros_like(value), value)

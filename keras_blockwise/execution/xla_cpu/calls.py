@@ -13,13 +13,13 @@ from keras_blockwise.state.storage import SMALL
 
 Tensor = Any
 
-# How many variables are worth a second call, which takes a tenth of a
-# millisecond and some microseconds for every variable.
+# Fewest variables for two calls: each takes a tenth of a millisecond, and some
+# microseconds for every variable.
 TWO_CALLS = 32
-# How many variables at least are updated when the last gradient is computed,
-# which is that of the first layer.
+# Fewest variables in the call that waits for the last gradient, which is that
+# of the first layer.
 FEW = 3
-# How many short vectors are worth an operation that joins them for the call.
+# Fewest short vectors that are worth an operation to join them.
 JOINED = 16
 
 
@@ -43,7 +43,7 @@ def first_and_rest(accumulators: Sequence[Any]) -> list[slice]:
 
 
 def short_vectors(tensors: Sequence[Tensor]) -> list[int]:
-    """The positions of the short vectors, if there are enough to join them."""
+    """The positions of the short vectors; none if there are few."""
     positions = [
         i
         for i, tensor in enumerate(tensors)

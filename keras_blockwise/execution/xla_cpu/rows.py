@@ -1,7 +1,7 @@
-"""Passes over the entries of variables: whole and in place, or row by row.
+"""Entry-wise updates of variables: whole and in place, or row by row.
 
-XLA's code for a CPU makes one loop over memory for every array that it writes,
-and copies an array of which it needs the old values afterwards.
+XLA emits one loop over memory for every array that it writes on a CPU, and
+copies an array whose old values it still needs afterwards.
 """
 
 import math
@@ -21,32 +21,29 @@ from keras_blockwise.execution.xla_cpu.barriers import after
 
 Tensor = Any
 
-# A row has at least so many entries: each costs the start of some kernels.
+# Fewest entries of a row: every row costs the launch of a few kernels.
 SHORTEST = 2**13
-# At most so many, which stay in the cache until the next loop reads them.
+# Most entries of a row: it must still be in the cache when it is read again.
 LONGEST = 2**15
-# Variables of fewer entries are not cut.
+# Smaller variables are not cut into rows.
 LARGE = 2**18
-# XLA runs loops side by side on so many cores.
+# XLA runs loops concurrently on at most this many cores.
 MOST_CORES = 4
-# So many loops at least for each core: one takes over some that are left while
-# there are more than eight.
+# Fewest loops per core: XLA's workers steal loops while more than eight wait.
 PER_CORE = 8
 
 
 class Pass(NamedTuple):
-    """New values of variables that take one entry at a time.
+    """An entry-wise update of variables of one shape.
 
     Args:
-        function: Takes entries of `inputs` and of `values`, and returns the new
-            entries of each variable. They do not depend on variables that stand
-            before it.
-        inputs: Tensors of the shape of the variables, or with ones in it; the
-            gradient is the last.
-        values: Tensors of one shape, what the variables are now.
-        in_rows: Whether the pass can be cut into rows, and more than the first
-            variable needs all of the inputs, so that this spares memory
-            traffic.
+        function: `(*inputs, *values) -> new values`, for any entries of them.
+            A new value does not depend on the values before it in the list, so
+            that they can be overwritten in this order.
+        inputs: Tensors that broadcast to the shape; the gradient is the last.
+        values: The variables before the step.
+        in_rows: Whether to cut the variables into rows: possible, and several
+            of them need all inputs, so that it saves memory traffic.
     """
 
     function: Callable[..., Sequence[Tensor]]
@@ -126,8 +123,8 @@ def fused_pass(block: BlockUpdate, entry: EntryUpdate) -> Pass:
     """The update of blocks of one entry in the pass over these entries.
 
     Otherwise XLA would write the step sizes of all entries to memory. The
-    statistics come last, the last of them first, as each depends on those
-    before it at most.
+    statistics are overwritten last, in reverse: each may depend on those that
+    come before it in the rule.
     """
     count = len(entry.values)
 
@@ -135,7 +132,7 @@ def fused_pass(block: BlockUpdate, entry: EntryUpdate) -> Pass:
         means = block.averaged(g)
         old = values[count:][::-1]
         step_size, *new = block.function(means, *old)
-        # A quotient next to a product would be reordered by TensorFlow.
+        # Keeps TensorFlow from reordering the division and the product.
         step_size = ops.reshape(step_size, g.shape)
         return [*entry.function(step_size, g, *values[:count]), *new[::-1]]
 
@@ -144,9 +141,10 @@ def fused_pass(block: BlockUpdate, entry: EntryUpdate) -> Pass:
 
 
 def can_be_cut(entry: EntryUpdate, values: Sequence[Tensor]) -> bool:
-    """Whether rows can be updated: of several, the weight decay may differ.
+    """Whether the update is the same for every row, and can be in place.
 
-    And XLA would copy all of a variable that is stored in 16 bits.
+    The weight decay of several variables may differ, and XLA would copy all of
+    a variable that is stored in 16 bits.
     """
     return len(entry.positions) == 1 and all(
         value.dtype == entry.dtype for value in values
@@ -172,9 +170,9 @@ def new_values(passes: Sequence[Pass], cores: int) -> list[list[Tensor]]:
 
 
 def merging_axes(one: Pass) -> int:
-    """How many of the first axes can be one for every tensor.
+    """How many leading axes can be merged into one for every tensor.
 
-    Along all of them an input has one entry, or as many as the variables.
+    Along all of them, an input has one entry or as many as the variables.
     """
     spans = None
     for axis, n in enumerate(one.shape):
@@ -185,7 +183,7 @@ def merging_axes(one: Pass) -> int:
 
 
 def rows_of(one: Pass) -> int:
-    """How many rows to cut variables into; 1 where that is of no use."""
+    """How many rows to cut the variables into; 1 if that gains nothing."""
     if not one.in_rows or one.size < LARGE:
         return 1
     along = math.prod(one.shape[: merging_axes(one)])
@@ -199,12 +197,12 @@ def smallest(passes: Sequence[Pass]) -> int:
 
 
 def rows_of_each(passes: Sequence[Pass], cores: int) -> dict[int, int]:
-    """How many rows each has, by position, of those that are to be cut.
+    """The number of rows of each pass that is cut, by its position.
 
-    The smallest is not: it comes after the others.
+    The smallest pass is not cut: it waits for the loops of the others.
     """
     cores = min(cores, MOST_CORES)
-    # The loop of a larger one would go on when all others have ended.
+    # The loop of a larger one would still run when all others have ended.
     most = sum(one.size for one in passes) / cores
     last = smallest(passes)
     rows = {
@@ -217,12 +215,11 @@ def rows_of_each(passes: Sequence[Pass], cores: int) -> dict[int, int]:
 
 
 def new_values_in_place(one: Pass) -> list[Tensor]:
-    """The new values of the variables, none of which needs other memory.
+    """The new values of the variables, without temporary memory of their size.
 
-    XLA would make a copy of a momentum in 16 bits, which the weights need as it
-    was before; and if every entry is a block, it would write the scaled
-    gradient, which weights and momentum need, and read it twice. So each
-    variable comes after those before it.
+    XLA would copy a 16-bit momentum, whose old values the weights need. And if
+    every entry is a block, it would write the scaled gradient to memory, which
+    weights and momentum need. So each value is computed after the one before.
     """
     (*inputs, gradient), values = one.inputs, one.values
     wide = all(value.dtype.size > 2 for value in values)
@@ -237,11 +234,11 @@ def new_values_in_place(one: Pass) -> list[Tensor]:
 
 
 def new_values_in_rows(one: Pass, rows: int) -> tuple[list[Tensor], Tensor]:
-    """The new values of the variables, made row by row, and a number.
+    """The new values, computed row by row, and a scalar that depends on them.
 
-    XLA runs loops side by side if none writes to the memory of another. So this
-    one has all that it computes in its state, and the number is made of that:
-    if it is read after all loops, the memory is no other's before.
+    XLA runs loops concurrently if none reuses the memory of another. So all
+    that this loop computes is in its state, which the scalar depends on: while
+    the scalar is still to be read, nobody else gets the memory.
     """
     inputs = [cut(x, rows, one) for x in one.inputs]
     values = [cut(v, rows, one) for v in one.values]
@@ -257,10 +254,10 @@ def new_values_in_rows(one: Pass, rows: int) -> tuple[list[Tensor], Tensor]:
             )
             written = at(values[i], index)
             if i + 1 < len(values):
-                # XLA writes in place what nobody reads afterwards.
+                # XLA writes in place what is not read afterwards.
                 index = after(written, index)
                 entries[len(inputs) + i + 1] = at(values[i + 1], index)
-        # A quotient, since XLA would make a sum twice, and the row a copy.
+        # A division: XLA would compute a sum twice, and copy the row.
         following = (row + 1) / after(written, tf.ones_like(row))
         return following, following, following < rows, values
 
@@ -272,7 +269,7 @@ def new_values_in_rows(one: Pass, rows: int) -> tuple[list[Tensor], Tensor]:
 
 
 def cut(tensor: Tensor, rows: int, one: Pass) -> Tensor:
-    """Rows of a tensor; one, if it has one entry along the axes to be cut."""
+    """The tensor as rows; a single one if it is constant along these axes."""
     axes = merging_axes(one)
     n = math.prod(tensor.shape[:axes])
     first = (rows, n // rows) if n > 1 else (1, 1)
@@ -280,8 +277,8 @@ def cut(tensor: Tensor, rows: int, one: Pass) -> Tensor:
 
 
 def at(tensor: Tensor, row: Tensor) -> Tensor:
-    """A row of a tensor, or all of it if it has one."""
+    """A row of a tensor, or its only one."""
     if tensor.shape[0] == 1:
         return tensor
-    # It keeps the axis, and XLA writes back a row of the same shape in place.
+    # Keeps the axis: XLA writes a row of the same shape back in place.
     return tf.gather(tensor, [row])

@@ -38,20 +38,19 @@ from keras_blockwise.state.storage import SMALL
 
 Tensor = Any
 
-# The most terms of a sum for which XLA emits fast code.
+# Most terms of a sum for which XLA emits vectorized code.
 MOST_TERMS = 32
-# How many neighbouring sums it computes at once.
+# How many neighbouring sums that code computes at once.
 LANES = 8
-# How many numbers should lie between the terms of a sum.
+# Preferred distance between the terms of one sum, in numbers.
 DISTANCE = 1024
 
 
 def read_along(g: Tensor, w: Tensor, p: Partition) -> Tensor:
-    """The gradient, scheduled by XLA when `w` is, next to the momentum.
+    """The gradient, made to depend on `w`, so that XLA schedules both together.
 
-    XLA runs first what needs the first arguments only. It would make the sums
-    of all gradients and then all momenta, when the gradients have left the
-    cache.
+    XLA would first compute what depends on the gradients alone: the sums of all
+    of them, and then all momenta, when the gradients have left the cache.
     """
     if p.block_size == 1 or math.prod(g.shape) <= SMALL:
         return g
