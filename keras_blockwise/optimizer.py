@@ -129,6 +129,7 @@ class BlockwiseOptimizer(Execution):
             What the blocking says of each variable, `None` for one without an
             update, and the slots in saved order.
         """
+        self.check_variables(variables)
         updated = [v for v in variables if not self.has_no_update(v)]
         resolved = iter(self.blocking.resolve(updated))
         rows = [

@@ -21,7 +21,10 @@ from keras_blockwise.optimizer import BlockwiseOptimizer
 
 PACKAGE = Path(kb.__file__).parent
 # Whose errors have a test file of their own.
-ELSEWHERE = {"convert.py": "state/test_convert.py"}
+ELSEWHERE = {
+    "checks.py": "state/test_checks.py",
+    "convert.py": "state/test_convert.py",
+}
 SHAPES = {"q/kernel": (32, 30), "q/bias": (30,)}
 PATHS = r"q/kernel\n  q/bias"
 

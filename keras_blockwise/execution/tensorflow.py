@@ -52,10 +52,6 @@ class TensorFlowOptimizer(KerasHooks):
         grads = [
             tf.cast(g, v.dtype) for g, v in zip(grads, trainable_variables)
         ]
-        for gradient, variable in zip(grads, trainable_variables):
-            if not gradient.shape.is_fully_defined():
-                # A graph does not always know it.
-                gradient.set_shape(variable.shape)
         if self._distribution_strategy.num_replicas_in_sync > 1:
             pairs = self._all_reduce_sum_gradients(list(zip(grads, indices)))
             grads = [gradient for gradient, _ in pairs]
