@@ -93,6 +93,29 @@ class KerasHooks(keras.optimizers.Optimizer):
                 grads[i] = broadcast(self.densify(gradient, variable), variable)
         super().apply(grads, trainable_variables)
 
+    def update_step(
+        self, gradient: Tensor, variable: Variable, learning_rate: Tensor
+    ) -> None:
+        """Raises an error: variables are updated together, by `apply`."""
+        raise TypeError(
+            f"{type(self).__name__} updates all variables together, and has "
+            "no `update_step` for one. Call `apply(gradients, variables)`. "
+            f"Received: variable {variable.name!r}."
+        )
+
+    def exclude_from_weight_decay(
+        self, var_list: Any = None, var_names: Any = None
+    ) -> None:
+        """See `keras.optimizers.Optimizer`; only before `build`."""
+        if self.built:
+            raise ValueError(
+                "`exclude_from_weight_decay` must be called before the "
+                "optimizer is built, which fixes its weight decay. Received: "
+                f"var_list={var_list}, var_names={var_names}. Make a new "
+                "optimizer."
+            )
+        super().exclude_from_weight_decay(var_list, var_names)
+
     def check_variables(self, variables: Sequence[Variable]) -> None:
         """Raises an error if one is there twice, or cannot be trained."""
         check_distinct(variables, map(self._var_key, variables))
