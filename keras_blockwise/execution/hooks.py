@@ -39,6 +39,7 @@ class KerasHooks(keras.optimizers.Optimizer):
     block_state: Storage
     undecayed_kinds: tuple[str, ...]
     densify: Callable[[Tensor, Variable], Tensor]
+    update_together: Callable[[tuple[int, ...], Sequence[Tensor], Tensor], None]
 
     def __init__(
         self,
@@ -123,6 +124,20 @@ class KerasHooks(keras.optimizers.Optimizer):
             for variable in variables:
                 if not self.has_no_update(variable):
                     check_trainable(variable)
+
+    def _backend_update_step(
+        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    ) -> None:
+        indices = map(self._get_variable_index, trainable_variables)
+        updates = {
+            i: gradient
+            for i, gradient in zip(indices, grads)
+            if i not in self.block_state.empty
+        }
+        if updates:
+            self.update_together(
+                tuple(updates), list(updates.values()), learning_rate
+            )
 
     def _batch(self, indices: Sequence[int]) -> Written:
         """What a step of some variables writes."""
