@@ -143,9 +143,7 @@ class Storage:
             i: row.partition for i, row in enumerate(rows) if row
         }
         # Where a variable has no entry, and nothing to update.
-        self.empty = {
-            i for i, p in self._partitions.items() if 0 in p.shape
-        }
+        self.empty = {i for i, p in self._partitions.items() if 0 in p.shape}
         self._keys = accumulator_keys(self.partitions)
         self._slots = {
             (slot.name, self._keys_of(slot.name)[slot.index]): slot
