@@ -1,6 +1,7 @@
 """The base class of every optimizer: arguments, blocks, configuration."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,21 @@ from keras_blockwise.validation import check_choice
 from keras_blockwise.validation import check_learning_rate
 
 Variable = Any
+
+# Arguments that Keras reads in each step, and `jit_compile`, which we do.
+SETTABLE = {
+    "clipnorm",
+    "clipvalue",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+    "global_clipnorm",
+    "jit_compile",
+    "learning_rate",
+    "loss_scale_factor",
+    "name",
+}
+# Arguments of which the constructor makes something.
+USED_AT_ONCE = {"skip_nonfinite", "value"}
 
 
 class BlockwiseOptimizer(Execution):
@@ -58,6 +74,12 @@ class BlockwiseOptimizer(Execution):
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
+        if type(self).update_step is not BlockwiseOptimizer.update_step:
+            raise TypeError(
+                f"{type(self).__name__} must not have `update_step`, which is "
+                "never called: all variables are updated together. Override "
+                "`rule`, or `apply` to change the gradients."
+            )
         check_choice("skip_nonfinite", skip_nonfinite, (True, False))
         check_choice("jit_compile", jit_compile, (True, False, "auto"))
         check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
@@ -67,11 +89,24 @@ class BlockwiseOptimizer(Execution):
             skip_nonfinite,
             **kwargs,
         )
-        if not isinstance(blocking, Blocking):
-            blocking = Blocking(blocking)
-        self.blocking = blocking
+        self.blocking: Any = blocking  # `__setattr__` makes a `Blocking`.
         self.momentum_dtype = momentum_dtype
         self._storage: Storage | None = None
+        self._fixed: frozenset[str] = frozenset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        state = vars(self)
+        used = name in USED_AT_ONCE and name in state
+        if used or name in state.get("_fixed", ()):
+            raise AttributeError(
+                f"`{name}` must be given to the constructor: "
+                f"{type(self).__name__} has used it already. Received: "
+                f"{name}={value!r}. Make a new optimizer; `convert_state` "
+                "copies the state of this one."
+            )
+        if name == "blocking" and not isinstance(value, Blocking):
+            value = Blocking(value)
+        super().__setattr__(name, value)
 
     def rule(self) -> Rule:
         """How the step is made from the arguments of the constructor."""
@@ -116,6 +151,7 @@ class BlockwiseOptimizer(Execution):
         self._storage = Storage(
             self.rule(), variables, rows, slots, self.add_slot
         )
+        self._fixed = fixed_arguments(type(self))
 
     def plan(
         self, variables: Sequence[Variable]
@@ -129,6 +165,7 @@ class BlockwiseOptimizer(Execution):
             What the blocking says of each variable, `None` for one without an
             update, and the slots in saved order.
         """
+        self.check_variables(variables)
         updated = [v for v in variables if not self.has_no_update(v)]
         resolved = iter(self.blocking.resolve(updated))
         rows = [
@@ -198,3 +235,12 @@ class BlockwiseOptimizer(Execution):
         else:  # Warns if it has to skip some.
             saved.pop("names", None)
             super().load_own_variables(saved)
+
+
+def fixed_arguments(cls: type) -> frozenset[str]:
+    """Arguments of the constructor that `build` makes something of."""
+    names: set[str] = set()
+    for base in map(vars, cls.__mro__):
+        if "__init__" in base:
+            names.update(inspect.signature(base["__init__"]).parameters)
+    return frozenset(names - SETTABLE - {"self", "args", "kwargs"})

@@ -21,7 +21,10 @@ from keras_blockwise.optimizer import BlockwiseOptimizer
 
 PACKAGE = Path(kb.__file__).parent
 # Whose errors have a test file of their own.
-ELSEWHERE = {"convert.py": "state/test_convert.py"}
+ELSEWHERE = {
+    "checks.py": "state/test_checks.py",
+    "convert.py": "state/test_convert.py",
+}
 SHAPES = {"q/kernel": (32, 30), "q/bias": (30,)}
 PATHS = r"q/kernel\n  q/bias"
 
@@ -194,7 +197,9 @@ BUILDS = {
 
 
 def built_with(blocking):
-    kb.BAGM(blocking=blocking).build(make_variables(SHAPES))
+    optimizer = kb.BAGM(blocking=blocking)
+    optimizer.build(make_variables(SHAPES))
+    return optimizer
 
 
 def stranger():
@@ -311,6 +316,30 @@ OTHERS = {
         ),
         TypeError,
         "`optimizer` must be an optimizer of keras_blockwise.*Received: None",
+    ),
+    "update_step of a subclass": (
+        lambda: type(
+            "Mine", (kb.BAG,), {"update_step": lambda self, g, v, lr: None}
+        )(),
+        TypeError,
+        "Mine must not have `update_step`.*Override `rule`, or `apply`",
+    ),
+    "update_step": (
+        lambda: kb.BAG().update_step(1.0, *make_variables({"a/bias": ()}), 0.1),
+        TypeError,
+        r"Call `apply\(gradients, variables\)`. Received: variable 'bias'",
+    ),
+    "weight decay of a built optimizer": (
+        lambda: built_with("layer").exclude_from_weight_decay(
+            var_names=["bias"]
+        ),
+        ValueError,
+        r"must be called before.*var_names=\['bias'\]. Make a new optimizer",
+    ),
+    "argument of a built optimizer": (
+        lambda: setattr(built_with("layer"), "epsilon", 1.0),
+        AttributeError,
+        "`epsilon` must be given to the constructor: BAGM.*: epsilon=1.0. Make",
     ),
     "base class": (
         lambda: BlockwiseOptimizer(0.1, blocking="layer").rule(),

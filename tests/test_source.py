@@ -218,6 +218,7 @@ HOOKS = {
     "_overwrite_variable_with_gradient": ["variable"],
     "_update_model_variables_moving_average": ["trainable_variables"],
     "_use_weight_decay": ["variable"],
+    "_var_key": ["variable"],
 }
 
 

@@ -43,11 +43,7 @@ class Weight(NamedTuple):
 
     @classmethod
     def of(cls, variable: Any) -> "Weight":
-        """Of a `keras.Variable`, or of a `tf.Variable`, which has no path."""
-        path = (
-            getattr(variable, "path", None) or variable.name.partition(":")[0]
-        )
-        return cls(path, tuple(int(n) for n in variable.shape))
+        return cls(path_of(variable), tuple(int(n) for n in variable.shape))
 
     @property
     def name(self) -> str:
@@ -56,6 +52,12 @@ class Weight(NamedTuple):
     @property
     def layer_path(self) -> str:
         return self.path.rpartition("/")[0]
+
+
+def path_of(variable: Any) -> str:
+    """Of a `keras.Variable`, or of a `tf.Variable`, which has no path."""
+    path: str | None = getattr(variable, "path", None)
+    return path or str(variable.name).partition(":")[0]
 
 
 class Meaning(NamedTuple):

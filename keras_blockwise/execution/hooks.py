@@ -12,6 +12,10 @@ from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.execution.update import Read
 from keras_blockwise.execution.update import update
+from keras_blockwise.state.checks import check_distinct
+from keras_blockwise.state.checks import check_gradient_shape
+from keras_blockwise.state.checks import check_number_of_gradients
+from keras_blockwise.state.checks import check_trainable
 from keras_blockwise.state.storage import Storage
 
 Tensor = Any
@@ -35,6 +39,7 @@ class KerasHooks(keras.optimizers.Optimizer):
     block_state: Storage
     undecayed_kinds: tuple[str, ...]
     densify: Callable[[Tensor, Variable], Tensor]
+    update_together: Callable[[tuple[int, ...], Sequence[Tensor], Tensor], None]
 
     def __init__(
         self,
@@ -69,16 +74,70 @@ class KerasHooks(keras.optimizers.Optimizer):
         """Updates the variables; see `keras.optimizers.Optimizer.apply`.
 
         A sparse gradient means what its dense form means: repeated rows are
-        added up before anything is clipped or squared.
+        added up before anything is clipped or squared. So does one that
+        broadcasts to its variable.
+
+        Raises:
+            ValueError: If a gradient does not fit its variable, or a variable
+                is given twice.
         """
+        grads = list(grads)
         if trainable_variables is None:
             variables = self._trainable_variables
         else:
             variables = trainable_variables = list(trainable_variables)
-        grads = list(grads)
+            self.check_variables(variables)
+            if grads:  # None at all is not a step.
+                check_number_of_gradients(len(grads), len(variables))
         for i, (gradient, variable) in enumerate(zip(grads, variables)):
-            grads[i] = self.densify(gradient, variable)
+            if gradient is not None:
+                grads[i] = broadcast(self.densify(gradient, variable), variable)
         super().apply(grads, trainable_variables)
+
+    def update_step(
+        self, gradient: Tensor, variable: Variable, learning_rate: Tensor
+    ) -> None:
+        """Raises an error: variables are updated together, by `apply`."""
+        raise TypeError(
+            f"{type(self).__name__} updates all variables together, and has "
+            "no `update_step` for one. Call `apply(gradients, variables)`. "
+            f"Received: variable {variable.name!r}."
+        )
+
+    def exclude_from_weight_decay(
+        self, var_list: Any = None, var_names: Any = None
+    ) -> None:
+        """See `keras.optimizers.Optimizer`; only before `build`."""
+        if self.built:
+            raise ValueError(
+                "`exclude_from_weight_decay` must be called before the "
+                "optimizer is built, which fixes its weight decay. Received: "
+                f"var_list={var_list}, var_names={var_names}. Make a new "
+                "optimizer."
+            )
+        super().exclude_from_weight_decay(var_list, var_names)
+
+    def check_variables(self, variables: Sequence[Variable]) -> None:
+        """Raises an error if one is there twice, or cannot be trained."""
+        check_distinct(variables, map(self._var_key, variables))
+        if not self.built:
+            for variable in variables:
+                if not self.has_no_update(variable):
+                    check_trainable(variable)
+
+    def _backend_update_step(
+        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    ) -> None:
+        indices = map(self._get_variable_index, trainable_variables)
+        updates = {
+            i: gradient
+            for i, gradient in zip(indices, grads)
+            if i not in self.block_state.empty
+        }
+        if updates:
+            self.update_together(
+                tuple(updates), list(updates.values()), learning_rate
+            )
 
     def _batch(self, indices: Sequence[int]) -> Written:
         """What a step of some variables writes."""
@@ -168,6 +227,21 @@ class KerasHooks(keras.optimizers.Optimizer):
             if average is not None:
                 new = ops.convert_to_tensor(average)
                 average.assign(ops.where(taken, new, value))
+
+
+def broadcast(gradient: Tensor, variable: Variable) -> Tensor:
+    """A dense gradient in the shape of its variable.
+
+    A graph may know its shape in part, or not at all: the rest is checked when
+    the graph is run.
+    """
+    if not ops.is_tensor(gradient):
+        gradient = ops.convert_to_tensor(gradient)
+    if gradient.shape == variable.shape:
+        return gradient
+    if getattr(gradient.shape, "rank", 0) is not None:
+        check_gradient_shape(tuple(gradient.shape), variable)
+    return ops.broadcast_to(gradient, variable.shape)
 
 
 def copy(variable: Variable) -> Tensor:

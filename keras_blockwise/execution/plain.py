@@ -76,13 +76,16 @@ class PlainOptimizer(KerasHooks):
 
     kernels = PlainKernels()
 
-    def _backend_update_step(
-        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    def update_together(
+        self,
+        indices: tuple[int, ...],
+        gradients: Sequence[Tensor],
+        learning_rate: Tensor,
     ) -> None:
-        indices = [self._get_variable_index(v) for v in trainable_variables]
+        """A step of the variables at some positions."""
         self._update(
             self._batch(indices),
-            [ops.stop_gradient(g) for g in grads],
+            [ops.stop_gradient(g) for g in gradients],
             learning_rate,
             ops.convert_to_tensor(self.iterations),
             self.kernels,

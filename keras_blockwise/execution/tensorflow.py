@@ -43,19 +43,17 @@ class TensorFlowOptimizer(KerasHooks):
         with tf.name_scope("update/"):
             super()._backend_apply_gradients(grads, trainable_variables)
 
-    def _backend_update_step(
-        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    def update_together(
+        self,
+        indices: tuple[int, ...],
+        gradients: Sequence[Tensor],
+        learning_rate: Tensor,
     ) -> None:
-        indices = tuple(
-            self._get_variable_index(v) for v in trainable_variables
-        )
+        """A step of the variables at some positions."""
         grads = [
-            tf.cast(g, v.dtype) for g, v in zip(grads, trainable_variables)
+            tf.cast(g, self._trainable_variables[i].dtype)
+            for i, g in zip(indices, gradients)
         ]
-        for gradient, variable in zip(grads, trainable_variables):
-            if not gradient.shape.is_fully_defined():
-                # A graph does not always know it.
-                gradient.set_shape(variable.shape)
         if self._distribution_strategy.num_replicas_in_sync > 1:
             pairs = self._all_reduce_sum_gradients(list(zip(grads, indices)))
             grads = [gradient for gradient, _ in pairs]
@@ -65,7 +63,7 @@ class TensorFlowOptimizer(KerasHooks):
             indices,
             grads,
             # One dtype for one compiled update, whatever a callable returns.
-            tf.cast(learning_rate, keras.config.floatx()),
+            tf.cast(learning_rate, self.block_state.widest_dtype),
             tf.convert_to_tensor(self.iterations),
         )
 
@@ -173,6 +171,15 @@ class TensorFlowOptimizer(KerasHooks):
             lambda: overwrite(trainable_variables),
             lambda: None,
         )
+
+    def _trackable_children(
+        self, save_type: str = "checkpoint", **kwargs: Any
+    ) -> dict[str, Any]:
+        children: dict[str, Any]
+        children = super()._trackable_children(save_type, **kwargs)
+        if save_type == "savedmodel":  # It would warn that it has no place.
+            children.pop("_state_description", None)
+        return children
 
     def _kernels(self) -> PlainKernels:
         if self._should_compile() and on_cpu(self._trainable_variables):

@@ -33,7 +33,8 @@ def convert_state(
             this package.
         target: A built optimizer over the same variables: a `BlockAdam` or
             `AdamMini` if `source` is one of these or Keras's, else one of the
-            class of `source`.
+            class of `source`. Of a `keras.optimizers.LossScaleOptimizer`,
+            its `inner_optimizer` is meant, in either place.
 
     Raises:
         ValueError, TypeError: If the two do not fit, or the blocks of neither
@@ -49,6 +50,10 @@ def convert_state(
     model.compile(optimizer=optimizer, loss="mse")
     ```
     """
+    source, target = (
+        getattr(optimizer, "inner_optimizer", optimizer)
+        for optimizer in (source, target)
+    )
     for name, optimizer in (("source", source), ("target", target)):
         if not getattr(optimizer, "built", False):
             raise ValueError(

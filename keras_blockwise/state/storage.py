@@ -119,6 +119,9 @@ class Storage:
         self.variables = tuple(variables)
         self.rows = tuple(rows)
         self.slots = tuple(slots)
+        # Of the numbers that all variables share in a step.
+        computed_in = {slot.dtype for slot in slots if slot.name == "velocity"}
+        self.widest_dtype = max(computed_in, default="float32")
         self._houses = housed(slots)
         self._homes: dict[Slot, int] = {}
         self._starts: dict[Slot, int] = {}
@@ -139,6 +142,8 @@ class Storage:
         self._partitions = {
             i: row.partition for i, row in enumerate(rows) if row
         }
+        # Where a variable has no entry, and nothing to update.
+        self.empty = {i for i, p in self._partitions.items() if 0 in p.shape}
         self._keys = accumulator_keys(self.partitions)
         self._slots = {
             (slot.name, self._keys_of(slot.name)[slot.index]): slot

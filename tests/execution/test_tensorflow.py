@@ -478,3 +478,19 @@ def test_sparse_gradients_on_replicas_equal_one_device(strategy):
         strategy, make, replicas, shapes=EMBEDDINGS, gradients_of=sparse
     )
     assert_near(actual, train_plain(make, sums, EMBEDDINGS))
+
+
+# SavedModels.
+
+
+def test_a_saved_model_with_an_optimizer_warns_of_nothing(tmp_path, caplog):
+    model = make_normalized()
+    fitted(kb.BAGM(0.1), model)
+    module = tf.Module()
+    module.model, module.optimizer = model, model.optimizer
+    for number, saved in enumerate((model, module)):
+        path = str(tmp_path / str(number))
+        tf.saved_model.save(saved, path)
+        tf.saved_model.load(path)
+    model.export(str(tmp_path / "export"), verbose=False)
+    assert not [r for r in caplog.records if r.name == "tensorflow"]

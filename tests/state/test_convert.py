@@ -370,3 +370,30 @@ def test_refuses_groups_that_overlap():
         built(block_adam(target), weights),
         "The blocks of variable 'a/kernel'.*shared by 2 variables.*by 2",
     )
+
+
+@pytest.mark.parametrize("wrapped", ["source", "target", "both"])
+def test_what_a_loss_scale_optimizer_wraps_is_converted(wrapped):
+    ends = []
+    for wrap in (True, False):
+        optimizers = {
+            "source": keras.optimizers.Adam(0.1),
+            "target": kb.BlockAdam(0.1),
+        }
+        variables = make_variables()
+        optimizers["source"].apply(tensors(make_gradients(1)[0]), variables)
+        given = dict(optimizers)
+        for name in optimizers:
+            if wrap and wrapped in (name, "both"):
+                given[name] = keras.optimizers.LossScaleOptimizer(given[name])
+            if not given[name].built:
+                given[name].build(variables)
+        kb.convert_state(**given)
+        ends.append(to_numpy(optimizers["target"].variables))
+    assert_same(*ends)
+
+
+def test_a_loss_scale_optimizer_that_is_not_built():
+    wrapper = keras.optimizers.LossScaleOptimizer(kb.BAG())
+    with pytest.raises(ValueError, match="`source` must be built"):
+        kb.convert_state(wrapper, wrapper)
