@@ -110,9 +110,9 @@ class BlockwiseOptimizer(Execution):
             return
         rows, slots = self.plan(variables)
         if self.restored_layout is not None:
-            planned = saving.planned_layout(self, variables, slots)
-            saving.check_layout(planned, self.restored_layout)
-        super().build(variables)
+            saving.check_planned(self, variables, slots)
+        if variables:  # Keras gives none when it loads an `.h5` file.
+            super().build(variables)
         self._storage = Storage(
             self.rule(), variables, rows, slots, self.add_slot
         )
@@ -151,7 +151,7 @@ class BlockwiseOptimizer(Execution):
         Args:
             variables: The trainable variables; may be `None` if built.
         """
-        if self._storage is None and variables is not None:
+        if not self.built and variables is not None:
             return variables, *self.plan(variables)
         state = self.block_state
         return state.variables, state.rows, state.slots
@@ -159,8 +159,8 @@ class BlockwiseOptimizer(Execution):
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor and the blocks, as plain data."""
         blocking = self.blocking
-        if self._storage is not None:
-            table = tuple(row for row in self._storage.rows if row)
+        if self.built:
+            table = tuple(row for row in self.block_state.rows if row)
             blocking = dataclasses.replace(blocking, table=table)
         return {
             **super().get_config(),

@@ -1,5 +1,6 @@
 """What every backend overrides in a Keras optimizer: its private hooks."""
 
+import itertools
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +45,7 @@ class KerasHooks(keras.optimizers.Optimizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate, **kwargs)
+        self._names = {variable.name for variable in self.variables}
         self.jit_compile = jit_compile
         self.skip_nonfinite = skip_nonfinite
         self.skipped_steps: Variable | None = None
@@ -58,6 +60,40 @@ class KerasHooks(keras.optimizers.Optimizer):
         # is built.
         self.restored_layout: list[tuple[str, Shape]] | None = None
         self._skipped_before: Tensor = None
+
+    def add_variable(
+        self,
+        shape: Shape,
+        initializer: Any = "zeros",
+        dtype: str | None = None,
+        aggregation: str = "none",
+        layout: Any = None,
+        name: str | None = None,
+    ) -> Variable:
+        """As in Keras, with a number at the end of a name that is taken.
+
+        `.h5` files and state trees know a variable by its path.
+        """
+        if name is not None:
+            numbered = (f"{name}_{i}" for i in itertools.count(1))
+            names = itertools.chain([name], numbered)
+            name = next(n for n in names if n not in self._names)
+            self._names.add(name)
+        return super().add_variable(
+            shape, initializer, dtype, aggregation, layout, name
+        )
+
+    @property
+    def base_kinds(self) -> dict[int, str]:
+        """What each variable that Keras makes by itself is, by its `id`."""
+        kinds = {
+            "iteration": [self._iterations],
+            "learning_rate": [self._learning_rate],
+            "skipped_steps": [self.skipped_steps],
+            "average": getattr(self, "_model_variables_moving_average", ()),
+            "gradient_accumulator": getattr(self, "_accumulated_gradients", ()),
+        }
+        return {id(v): kind for kind, own in kinds.items() for v in own}
 
     def has_no_update(self, variable: Variable) -> bool:
         """Whether Keras assigns its gradient to the variable, as in float8."""
