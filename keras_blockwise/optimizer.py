@@ -108,6 +108,7 @@ class BlockwiseOptimizer(Execution):
         """
         if self.built:
             return
+        self.check_restored()
         rows, slots = self.plan(variables)
         if self.restored_layout is not None:
             saving.check_planned(self, variables, slots)

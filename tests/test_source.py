@@ -255,6 +255,7 @@ def test_private_attributes_of_keras_exist():
         "_iterations",
         "_model_variables_moving_average",
         "_trainable_variables",
+        "_update_uid",
     ):
         assert name in used_by_execution()
         assert hasattr(optimizer, name)

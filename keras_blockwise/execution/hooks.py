@@ -36,6 +36,7 @@ class KerasHooks(keras.optimizers.Optimizer):
     block_state: Storage
     undecayed_kinds: tuple[str, ...]
     densify: Callable[[Tensor, Variable], Tensor]
+    check_restored: Callable[[], None]
 
     def __init__(
         self,
@@ -107,6 +108,7 @@ class KerasHooks(keras.optimizers.Optimizer):
         A sparse gradient means what its dense form means: repeated rows are
         added up before anything is clipped or squared.
         """
+        self.check_restored()
         if trainable_variables is None:
             variables = self._trainable_variables
         else:

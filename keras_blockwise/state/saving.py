@@ -102,6 +102,19 @@ def check_description(
     return received
 
 
+def foreign_checkpoint(optimizer: Optimizer) -> str:
+    """What is wrong if a checkpoint has nothing that `describe` has said."""
+    name = type(optimizer).__name__
+    return (
+        f"A `tf.train.Checkpoint` that is restored into {name} must have been "
+        f"saved with a {name}. Received: the state of another optimizer. Its "
+        "step count, and what else has the same position, has been taken for "
+        f"this one: make a new {name}. To go on from that state, restore it "
+        "with the optimizer that was saved, and use `convert_state`, or take "
+        "`model.get_weights()` alone."
+    )
+
+
 def base_variables(optimizer: Optimizer) -> list[Variable]:
     """All that are not slots: of Keras's base class, and of a subclass."""
     slots = optimizer.block_state.slot_variables if optimizer.built else ()
