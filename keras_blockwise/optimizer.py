@@ -23,6 +23,12 @@ from keras_blockwise.validation import check_learning_rate
 
 Variable = Any
 
+NO_STATE_IN_H5 = (
+    "An optimizer must be built before its weights are set. Received: one that "
+    "is not, as always when Keras loads an `.h5` file. Build it, or save the "
+    "model as `.keras`."
+)
+
 
 class BlockwiseOptimizer(Execution):
     """Base class of the optimizers with one adaptive step size per block.
@@ -109,6 +115,13 @@ class BlockwiseOptimizer(Execution):
         if self.built:
             return
         self.check_restored()
+        if self.blocking.table is None:
+            self._build(variables)
+        else:
+            with saving.no_obstacle(self):
+                self._build(variables)
+
+    def _build(self, variables: Sequence[Variable]) -> None:
         rows, slots = self.plan(variables)
         if self.restored_layout is not None:
             saving.check_planned(self, variables, slots)
@@ -195,7 +208,15 @@ class BlockwiseOptimizer(Execution):
         """
         saved = {key: store[key] for key in store.keys()}
         if self.built and saved:
-            saving.load(self, saved)
+            with saving.no_obstacle(self):
+                saving.load(self, saved)
         else:  # Warns if it has to skip some.
             saved.pop("names", None)
             super().load_own_variables(saved)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets the state variables, in order: what Keras does with `.h5`."""
+        if not self.built:
+            with saving.no_obstacle(self):
+                raise ValueError(NO_STATE_IN_H5)
+        super().set_weights(weights)

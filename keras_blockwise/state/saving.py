@@ -1,7 +1,9 @@
 """Saving and loading: everything is checked before anything is assigned."""
 
+import inspect
 import itertools
 import json
+import warnings
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -113,6 +115,33 @@ def foreign_checkpoint(optimizer: Optimizer) -> str:
         "with the optimizer that was saved, and use `convert_state`, or take "
         "`model.get_weights()` alone."
     )
+
+
+def loads_a_model() -> bool:
+    """Whether this is within `keras.models.load_model`."""
+    frame = inspect.currentframe()
+    while frame and frame.f_code is not keras.models.load_model.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+@contextmanager
+def no_obstacle(optimizer: Optimizer) -> Iterator[None]:
+    """Makes an error a warning where a whole model is loaded.
+
+    It is of more use with a new state of its optimizer than not at all.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not loads_a_model():
+            raise
+        warnings.warn(
+            "The model is loaded without the state of its optimizer: compile "
+            f"it with a new {type(optimizer).__name__}, or go on without that "
+            f"state where it can be built. {error}",
+            stacklevel=2,
+        )
 
 
 def base_variables(optimizer: Optimizer) -> list[Variable]:

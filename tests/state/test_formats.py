@@ -156,6 +156,7 @@ def test_every_optimizer_as_h5(case, tmp_path):
     assert_copies(FORMATS["h5"], optimizer, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:The model is loaded without the state")
 @pytest.mark.parametrize("copy", [whole_model, callback])
 @pytest.mark.parametrize("make_optimizer", [keras.optimizers.Adam, make])
 def test_keras_loads_no_state_from_h5(copy, make_optimizer, tmp_path):
