@@ -19,6 +19,7 @@ from keras_blockwise.state.slots import Slot
 from keras_blockwise.state.slots import plan_slots
 from keras_blockwise.state.storage import Storage
 from keras_blockwise.validation import check_choice
+from keras_blockwise.validation import check_keras_numbers
 from keras_blockwise.validation import check_learning_rate
 
 Variable = Any
@@ -67,6 +68,7 @@ class BlockwiseOptimizer(Execution):
         check_choice("skip_nonfinite", skip_nonfinite, (True, False))
         check_choice("jit_compile", jit_compile, (True, False, "auto"))
         check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
+        check_keras_numbers(kwargs)
         super().__init__(
             check_learning_rate(learning_rate),
             jit_compile,
@@ -125,11 +127,12 @@ class BlockwiseOptimizer(Execution):
         rows, slots = self.plan(variables)
         if self.restored_layout is not None:
             saving.check_planned(self, variables, slots)
-        if variables:  # Keras gives none when it loads an `.h5` file.
-            super().build(variables)
-        self._storage = Storage(
-            self.rule(), variables, rows, slots, self.add_slot
-        )
+        with self.whole_or_not_built():
+            if variables:  # Keras gives none when it loads an `.h5` file.
+                super().build(variables)
+            self._storage = Storage(
+                self.rule(), variables, rows, slots, self.add_slot
+            )
 
     def plan(
         self, variables: Sequence[Variable]
@@ -191,6 +194,17 @@ class BlockwiseOptimizer(Execution):
         config = dict(config)
         if isinstance(config.get("blocking"), Mapping):
             config["blocking"] = Blocking.from_config(config["blocking"])
+        if isinstance(schedule := config.get("learning_rate"), dict):
+            try:
+                config["learning_rate"] = keras.saving.deserialize_keras_object(
+                    schedule, custom_objects
+                )
+            except Exception as error:  # Of many kinds, in a damaged config.
+                raise ValueError(
+                    "`learning_rate` must be a number or the config of a "
+                    f"`LearningRateSchedule` ({error}). Received: "
+                    f"learning_rate={schedule!r}."
+                ) from error
         optimizer: BlockwiseOptimizer
         optimizer = super().from_config(config, custom_objects)
         return optimizer

@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -84,6 +86,19 @@ class KerasHooks(keras.optimizers.Optimizer):
             shape, initializer, dtype, aggregation, layout, name
         )
 
+    @contextmanager
+    def whole_or_not_built(self) -> Iterator[None]:
+        """Within it, an error of `build` leaves no variables behind."""
+        before = self.variables
+        try:
+            yield
+        except BaseException:
+            for variable in self.variables[len(before) :]:
+                self._untrack_variable(variable)
+                self._names.discard(variable.name)
+            self.built = False
+            raise
+
     @property
     def base_kinds(self) -> dict[int, str]:
         """What each variable that Keras makes by itself is, by its `id`."""
@@ -91,9 +106,11 @@ class KerasHooks(keras.optimizers.Optimizer):
             "iteration": [self._iterations],
             "learning_rate": [self._learning_rate],
             "skipped_steps": [self.skipped_steps],
-            "average": getattr(self, "_model_variables_moving_average", ()),
-            "gradient_accumulator": getattr(self, "_accumulated_gradients", ()),
         }
+        if hasattr(self, "_model_variables_moving_average"):
+            kinds["average"] = self._model_variables_moving_average
+        if hasattr(self, "_accumulated_gradients"):
+            kinds["gradient_accumulator"] = self._accumulated_gradients
         return {id(v): kind for kind, own in kinds.items() for v in own}
 
     def has_no_update(self, variable: Variable) -> bool:

@@ -232,7 +232,10 @@ class StateDescription(tf.train.experimental.PythonState):
 
 def restored_at(trackable: Any) -> int:
     """The number of the last checkpoint that was restored into an object."""
-    return int(getattr(trackable, "_update_uid", -1))
+    try:
+        return int(trackable._update_uid)
+    except AttributeError:  # TensorFlow has not looked at it yet.
+        return -1
 
 
 class CompiledUpdates:
