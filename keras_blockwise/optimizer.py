@@ -20,6 +20,7 @@ from keras_blockwise.state.slots import Slot
 from keras_blockwise.state.slots import plan_slots
 from keras_blockwise.state.storage import Storage
 from keras_blockwise.validation import check_choice
+from keras_blockwise.validation import check_keras_numbers
 from keras_blockwise.validation import check_learning_rate
 
 Variable = Any
@@ -38,6 +39,11 @@ SETTABLE = {
 }
 # Arguments of which the constructor makes something.
 USED_AT_ONCE = {"skip_nonfinite", "value"}
+NO_STATE_IN_H5 = (
+    "An optimizer must be built before its weights are set. Received: one that "
+    "is not, as always when Keras loads an `.h5` file. Build it, or save the "
+    "model as `.keras`."
+)
 
 
 class BlockwiseOptimizer(Execution):
@@ -83,6 +89,7 @@ class BlockwiseOptimizer(Execution):
         check_choice("skip_nonfinite", skip_nonfinite, (True, False))
         check_choice("jit_compile", jit_compile, (True, False, "auto"))
         check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
+        check_keras_numbers(kwargs)
         super().__init__(
             check_learning_rate(learning_rate),
             jit_compile,
@@ -143,15 +150,25 @@ class BlockwiseOptimizer(Execution):
         """
         if self.built:
             return
+        self.check_restored()
+        if self.blocking.table is None:
+            self._build(variables)
+        else:
+            with saving.no_obstacle(self):
+                self._build(variables)
+
+    def _build(self, variables: Sequence[Variable]) -> None:
         rows, slots = self.plan(variables)
         if self.restored_layout is not None:
-            planned = saving.planned_layout(self, variables, slots)
-            saving.check_layout(planned, self.restored_layout)
-        super().build(variables)
-        self._storage = Storage(
-            self.rule(), variables, rows, slots, self.add_slot
-        )
-        self._fixed = fixed_arguments(type(self))
+            saving.check_planned(self, variables, slots)
+        with self.whole_or_not_built():
+            if variables:  # Keras gives none when it loads an `.h5` file.
+                super().build(variables)
+            self._storage = Storage(
+                self.rule(), variables, rows, slots, self.add_slot
+            )
+        if self.built:
+            self._fixed = fixed_arguments(type(self))
 
     def plan(
         self, variables: Sequence[Variable]
@@ -188,7 +205,7 @@ class BlockwiseOptimizer(Execution):
         Args:
             variables: The trainable variables; may be `None` if built.
         """
-        if self._storage is None and variables is not None:
+        if not self.built and variables is not None:
             return variables, *self.plan(variables)
         state = self.block_state
         return state.variables, state.rows, state.slots
@@ -196,8 +213,8 @@ class BlockwiseOptimizer(Execution):
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor and the blocks, as plain data."""
         blocking = self.blocking
-        if self._storage is not None:
-            table = tuple(row for row in self._storage.rows if row)
+        if self.built:
+            table = tuple(row for row in self.block_state.rows if row)
             blocking = dataclasses.replace(blocking, table=table)
         return {
             **super().get_config(),
@@ -214,6 +231,17 @@ class BlockwiseOptimizer(Execution):
         config = dict(config)
         if isinstance(config.get("blocking"), Mapping):
             config["blocking"] = Blocking.from_config(config["blocking"])
+        if isinstance(schedule := config.get("learning_rate"), dict):
+            try:
+                config["learning_rate"] = keras.saving.deserialize_keras_object(
+                    schedule, custom_objects
+                )
+            except Exception as error:  # Of many kinds, in a damaged config.
+                raise ValueError(
+                    "`learning_rate` must be a number or the config of a "
+                    f"`LearningRateSchedule` ({error}). Received: "
+                    f"learning_rate={schedule!r}."
+                ) from error
         optimizer: BlockwiseOptimizer
         optimizer = super().from_config(config, custom_objects)
         return optimizer
@@ -231,10 +259,18 @@ class BlockwiseOptimizer(Execution):
         """
         saved = {key: store[key] for key in store.keys()}
         if self.built and saved:
-            saving.load(self, saved)
+            with saving.no_obstacle(self):
+                saving.load(self, saved)
         else:  # Warns if it has to skip some.
             saved.pop("names", None)
             super().load_own_variables(saved)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Sets the state variables, in order: what Keras does with `.h5`."""
+        if not self.built:
+            with saving.no_obstacle(self):
+                raise ValueError(NO_STATE_IN_H5)
+        super().set_weights(weights)
 
 
 def fixed_arguments(cls: type) -> frozenset[str]:

@@ -1,10 +1,23 @@
 """Checks of arguments: the argument, the rule, and the value received."""
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+KERAS_NUMBERS = {
+    "clipnorm",
+    "clipvalue",
+    "ema_momentum",
+    "global_clipnorm",
+    "gradient_accumulation_steps",
+    "loss_scale_factor",
+    "weight_decay",
+}
+# What is no number, and no tensor that is one.
+CONTAINERS = (str, bytes, list, tuple, set, dict)
 
 
 def is_number(value: Any) -> bool:
@@ -39,6 +52,18 @@ def check_number(name: str, value: Any, end: float) -> float:
             f"{name}={value!r}."
         )
     return float(value)
+
+
+def check_keras_numbers(arguments: Mapping[str, Any]) -> None:
+    """Arguments of Keras's base class that it computes with, unchecked."""
+    for name in KERAS_NUMBERS & arguments.keys():
+        value = arguments[name]
+        optional = name != "ema_momentum"
+        if isinstance(value, CONTAINERS) or (value is None and not optional):
+            raise ValueError(
+                f"`{name}` must be a number{' or `None`' * optional}. "
+                f"Received: {name}={value!r}."
+            )
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:

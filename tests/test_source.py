@@ -216,6 +216,7 @@ HOOKS = {
     "_get_variable_index": ["variable"],
     "_overwrite_model_variables_with_average_value": ["trainable_variables"],
     "_overwrite_variable_with_gradient": ["variable"],
+    "_untrack_variable": ["variable"],
     "_update_model_variables_moving_average": ["trainable_variables"],
     "_use_weight_decay": ["variable"],
     "_var_key": ["variable"],
@@ -249,13 +250,18 @@ def test_every_hook_is_pinned():
 @pytest.mark.tensorflow
 def test_private_attributes_of_keras_exist():
     """Those that are no methods, and so have no signature."""
-    optimizer = keras.optimizers.SGD(use_ema=True)
+    optimizer = keras.optimizers.SGD(
+        use_ema=True, gradient_accumulation_steps=2
+    )
     optimizer.build([keras.Variable(0.0)])
     for name in (
+        "_accumulated_gradients",
         "_distribution_strategy",
         "_iterations",
+        "_learning_rate",
         "_model_variables_moving_average",
         "_trainable_variables",
+        "_update_uid",
     ):
         assert name in used_by_execution()
         assert hasattr(optimizer, name)

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import warnings
 import weakref
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ import keras
 
 from keras_blockwise.blocking.axes import Meaning
 from keras_blockwise.blocking.axes import Weight
+from keras_blockwise.blocking.config import is_bool
+from keras_blockwise.blocking.config import is_list
+from keras_blockwise.blocking.config import is_mapping
+from keras_blockwise.blocking.config import is_shape
+from keras_blockwise.blocking.config import is_string
+from keras_blockwise.blocking.config import read
 from keras_blockwise.blocking.inference import infer
 from keras_blockwise.blocking.layer_axes import meanings_in
 from keras_blockwise.blocking.partition import Partition
@@ -55,16 +62,26 @@ class Row(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Row":
+        def field(name: str, rule: str, is_right: Callable[[Any], bool]) -> Any:
+            return read(config, "a row of a blocking", name, rule, is_right)
+
+        def string(name: str) -> Any:
+            return field(name, "a string", is_string)
+
+        def shape(name: str) -> Shape:
+            return tuple(field(name, "a list of integers >= 0", is_shape))
+
+        group = field(
+            "group",
+            "a string or `None`",
+            lambda value: value is None or is_string(value),
+        )
         return cls(
-            config["name"],
-            config["layer"],
-            config["kind"],
-            config["source"],
-            Partition(
-                tuple(config["shape"]),
-                tuple(config["block_shape"]),
-                config["group"],
-            ),
+            string("name"),
+            string("layer"),
+            string("kind"),
+            string("source"),
+            Partition(shape("shape"), shape("block_shape"), group),
         )
 
 
@@ -289,12 +306,25 @@ class Blocking:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Blocking":
-        table = config["table"]
+        def field(name: str, rule: str, is_right: Callable[[Any], bool]) -> Any:
+            return read(config, "a blocking", name, rule, is_right)
+
+        scheme = field(
+            "scheme",
+            "a string or a list",
+            lambda value: is_string(value) or is_list(value),
+        )
+        rules = field("rules", "a mapping", is_mapping)
+        table = field(
+            "table",
+            "a list or `None`",
+            lambda value: value is None or is_list(value),
+        )
         return cls(
-            from_json(config["scheme"]),
-            {key: from_json(value) for key, value in config["rules"].items()},
-            table and tuple(Row.from_config(row) for row in table),
-            config["exact"],
+            from_json(scheme),
+            {key: from_json(value) for key, value in rules.items()},
+            None if table is None else tuple(map(Row.from_config, table)),
+            field("exact", "a boolean", is_bool),
         )
 
 
@@ -435,5 +465,5 @@ def to_json(scheme: str | Tile) -> str | list[int | None]:
     return scheme if isinstance(scheme, str) else list(scheme)
 
 
-def from_json(scheme: str | list[int | None]) -> str | Tile:
-    return scheme if isinstance(scheme, str) else tuple(scheme)
+def from_json(scheme: Any) -> Any:
+    return tuple(scheme) if isinstance(scheme, list) else scheme

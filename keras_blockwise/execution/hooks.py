@@ -1,7 +1,10 @@
 """What every backend overrides in a Keras optimizer: its private hooks."""
 
+import itertools
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -40,6 +43,7 @@ class KerasHooks(keras.optimizers.Optimizer):
     undecayed_kinds: tuple[str, ...]
     densify: Callable[[Tensor, Variable], Tensor]
     update_together: Callable[[tuple[int, ...], Sequence[Tensor], Tensor], None]
+    check_restored: Callable[[], None]
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class KerasHooks(keras.optimizers.Optimizer):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate, **kwargs)
+        self._names = {variable.name for variable in self.variables}
         self.jit_compile = jit_compile
         self.skip_nonfinite = skip_nonfinite
         self.skipped_steps: Variable | None = None
@@ -63,6 +68,55 @@ class KerasHooks(keras.optimizers.Optimizer):
         # is built.
         self.restored_layout: list[tuple[str, Shape]] | None = None
         self._skipped_before: Tensor = None
+
+    def add_variable(
+        self,
+        shape: Shape,
+        initializer: Any = "zeros",
+        dtype: str | None = None,
+        aggregation: str = "none",
+        layout: Any = None,
+        name: str | None = None,
+    ) -> Variable:
+        """As in Keras, with a number at the end of a name that is taken.
+
+        `.h5` files and state trees know a variable by its path.
+        """
+        if name is not None:
+            numbered = (f"{name}_{i}" for i in itertools.count(1))
+            names = itertools.chain([name], numbered)
+            name = next(n for n in names if n not in self._names)
+            self._names.add(name)
+        return super().add_variable(
+            shape, initializer, dtype, aggregation, layout, name
+        )
+
+    @contextmanager
+    def whole_or_not_built(self) -> Iterator[None]:
+        """Within it, an error of `build` leaves no variables behind."""
+        before = self.variables
+        try:
+            yield
+        except BaseException:
+            for variable in self.variables[len(before) :]:
+                self._untrack_variable(variable)
+                self._names.discard(variable.name)
+            self.built = False
+            raise
+
+    @property
+    def base_kinds(self) -> dict[int, str]:
+        """What each variable that Keras makes by itself is, by its `id`."""
+        kinds = {
+            "iteration": [self._iterations],
+            "learning_rate": [self._learning_rate],
+            "skipped_steps": [self.skipped_steps],
+        }
+        if hasattr(self, "_model_variables_moving_average"):
+            kinds["average"] = self._model_variables_moving_average
+        if hasattr(self, "_accumulated_gradients"):
+            kinds["gradient_accumulator"] = self._accumulated_gradients
+        return {id(v): kind for kind, own in kinds.items() for v in own}
 
     def has_no_update(self, variable: Variable) -> bool:
         """Whether Keras assigns its gradient to the variable, as in float8."""
@@ -81,6 +135,7 @@ class KerasHooks(keras.optimizers.Optimizer):
             ValueError: If a gradient does not fit its variable, or a variable
                 is given twice.
         """
+        self.check_restored()
         grads = list(grads)
         if trainable_variables is None:
             variables = self._trainable_variables

@@ -110,6 +110,9 @@ class PlainOptimizer(KerasHooks):
             layout=slot_layout(variable, shape),
         )
 
+    def check_restored(self) -> None:
+        """Nothing: no other backend has checkpoints by position."""
+
     def is_sharded(self, variable: Variable) -> bool:
         """Whether devices have different parts of a variable."""
         layout = tensor_layout(variable)

@@ -145,6 +145,15 @@ class TensorFlowOptimizer(KerasHooks):
                 name=name,
             )
 
+    def check_restored(self) -> None:
+        """Raises an error if a checkpoint had another optimizer for this one.
+
+        TensorFlow takes from it what has the same position.
+        """
+        description = self._state_description
+        if restored_at(self) > restored_at(description):
+            raise ValueError(saving.foreign_checkpoint(self))
+
     def is_sharded(self, variable: Variable) -> bool:
         """Whether devices have different parts of a variable: none has."""
         return False
@@ -226,6 +235,14 @@ class StateDescription(tf.train.experimental.PythonState):
         )
         if not self.optimizer.built:
             self.optimizer.restored_layout = received
+
+
+def restored_at(trackable: Any) -> int:
+    """The number of the last checkpoint that was restored into an object."""
+    try:
+        return int(trackable._update_uid)
+    except AttributeError:  # TensorFlow has not looked at it yet.
+        return -1
 
 
 class CompiledUpdates:

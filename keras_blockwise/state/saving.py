@@ -1,7 +1,9 @@
 """Saving and loading: everything is checked before anything is assigned."""
 
+import inspect
 import itertools
 import json
+import warnings
 from collections.abc import Iterator
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ Optimizer = Any
 
 # Kinds of the variables that an optimizer has before it is built.
 INITIAL = {"iteration", "learning_rate", "skipped_steps"}
+# The kind of a variable that a subclass has added, before or after.
+ADDED = "a variable of a subclass"
 REMEDY = (
     "None of it was loaded. Compile the model with the optimizer and the "
     "blocking that were saved, or load the weights without the optimizer."
@@ -64,18 +68,12 @@ def load(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     name, *kinds = ["another optimizer"] if names is None else decode(names)
     check_class(optimizer, name)
     values = [saved[str(i)] for i in range(len(kinds))]
-    layout = layout_of(optimizer)
-    check_layout(
-        layout, [(k, tuple(value.shape)) for k, value in zip(kinds, values)]
-    )
-    # Fewer than there are, if saved before the first step.
-    variables = [
-        variable
-        for variable, entry in zip(base_variables(optimizer), layout)
-        if entry.kind in kinds
-    ]
-    for variable, value in zip(variables, values):
-        variable.assign(value)
+    received = [(k, tuple(value.shape)) for k, value in zip(kinds, values)]
+    positions = check_layout(layout_of(optimizer), received)
+    variables = base_variables(optimizer)
+    for position, value in zip(positions, values):
+        if position < len(variables):
+            variables[position].assign(value)
     if len(values) > len(variables):
         optimizer.block_state.assign(values[len(variables) :])
 
@@ -106,8 +104,48 @@ def check_description(
     return received
 
 
+def foreign_checkpoint(optimizer: Optimizer) -> str:
+    """What is wrong if a checkpoint has nothing that `describe` has said."""
+    name = type(optimizer).__name__
+    return (
+        f"A `tf.train.Checkpoint` that is restored into {name} must have been "
+        f"saved with a {name}. Received: the state of another optimizer. Its "
+        "step count, and what else has the same position, has been taken for "
+        f"this one: make a new {name}. To go on from that state, restore it "
+        "with the optimizer that was saved, and use `convert_state`, or take "
+        "`model.get_weights()` alone."
+    )
+
+
+def loads_a_model() -> bool:
+    """Whether this is within `keras.models.load_model`."""
+    frame = inspect.currentframe()
+    while frame and frame.f_code is not keras.models.load_model.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+@contextmanager
+def no_obstacle(optimizer: Optimizer) -> Iterator[None]:
+    """Makes an error a warning where a whole model is loaded.
+
+    It is of more use with a new state of its optimizer than not at all.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not loads_a_model():
+            raise
+        warnings.warn(
+            "The model is loaded without the state of its optimizer: compile "
+            f"it with a new {type(optimizer).__name__}, or go on without that "
+            f"state where it can be built. {error}",
+            stacklevel=2,
+        )
+
+
 def base_variables(optimizer: Optimizer) -> list[Variable]:
-    """The variables of Keras's own base class, and `skipped_steps`."""
+    """All that are not slots: of Keras's base class, and of a subclass."""
     slots = optimizer.block_state.slot_variables if optimizer.built else ()
     own = {id(variable) for variable in slots}
     return [v for v in optimizer.variables if id(v) not in own]
@@ -115,14 +153,30 @@ def base_variables(optimizer: Optimizer) -> list[Variable]:
 
 def layout_of(optimizer: Optimizer) -> list[Entry]:
     """What the optimizer saves, in order."""
+    kinds = optimizer.base_kinds
     layout = [
-        Entry(v.name, base_kind(v.name), tuple(v.shape))
+        Entry(v.name, kinds.get(id(v), ADDED), tuple(v.shape))
         for v in base_variables(optimizer)
     ]
     if not optimizer.built:
         return layout
     state = optimizer.block_state
     return layout + slot_entries(state.variables, state.slots)
+
+
+def check_planned(
+    optimizer: Optimizer, variables: Sequence[Variable], slots: Sequence[Slot]
+) -> None:
+    """Raises an error if `build` will not make what a checkpoint has."""
+    # A subclass may make its variables before or after the slots.
+    check_layout(
+        [
+            entry
+            for entry in planned_layout(optimizer, variables, slots)
+            if entry.kind != ADDED
+        ],
+        [saved for saved in optimizer.restored_layout if saved[0] != ADDED],
+    )
 
 
 def planned_layout(
@@ -172,15 +226,25 @@ def check_class(optimizer: Optimizer, name: str) -> None:
 
 def check_layout(
     own: Sequence[Entry], received: Sequence[tuple[str, Shape]]
-) -> None:
+) -> list[int]:
     """Raises an error if a saved state is not that of the own variables.
 
     Args:
         own: The variables of the optimizer.
         received: Kind and shape of each that was saved.
+
+    Returns:
+        The positions of the own variables that were saved.
     """
-    if INITIAL.issuperset(kind for kind, _ in received):  # Saved when unbuilt.
-        own = [entry for entry in own if entry.kind in INITIAL]
+    positions = list(range(len(own)))
+    unbuilt = {*INITIAL, ADDED}
+    if unbuilt.issuperset(kind for kind, _ in received):
+        positions = [i for i in positions if own[i].kind in unbuilt]
+        while (
+            len(positions) > len(received) and own[positions[-1]].kind == ADDED
+        ):
+            positions.pop()  # A subclass adds it in `build`.
+    own = [own[i] for i in positions]
     for entry, (kind, shape) in zip(own, received):
         if (entry.kind, entry.shape) != (kind, shape):
             raise ValueError(
@@ -193,17 +257,12 @@ def check_layout(
             f"The saved state must have {len(own)} variables. Received: "
             f"{len(received)}. {REMEDY}"
         )
+    return positions
 
 
 def decode(names: Any) -> list[str]:
     decoded: list[str] = json.loads(bytes(np.asarray(names)))
     return decoded
-
-
-def base_kind(variable_name: str) -> str:
-    """Kind of a variable that Keras's own base class has made."""
-    kinds = (*INITIAL, "average", "gradient_accumulator")
-    return next(kind for kind in kinds if variable_name.endswith(kind))
 
 
 @contextmanager

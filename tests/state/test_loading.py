@@ -10,6 +10,7 @@ from helpers.arrays import assert_same
 from helpers.arrays import refused
 from helpers.arrays import to_numpy
 from helpers.models import block_adam
+from helpers.models import mlp
 from helpers.models import state_of
 from helpers.models import trained_model
 from helpers.saving import FORMATS
@@ -156,6 +157,90 @@ def test_tf_checkpoint_of_an_optimizer_of_keras(tmp_path):
     model = trained_model(block_adam("coordinate"), 3)
     message = "saved with the state of BlockAdam alone"
     assert_not_loaded(model, message, "checkpoint", tmp_path)
+
+
+FOREIGN = {
+    "Adam": keras.optimizers.Adam,
+    "SGD": lambda rate: keras.optimizers.SGD(rate, momentum=0.9),
+    "plain SGD": keras.optimizers.SGD,
+    "Adagrad": keras.optimizers.Adagrad,
+    "scaled": lambda rate: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(rate)
+    ),
+}
+FOREIGN_MESSAGE = (
+    "must have been saved with a (BlockAdam|BAGM|BAG). Received: the state of "
+    "another optimizer.*make a new.*convert_state"
+)
+
+
+def foreign_checkpoint(kind, folder, steps=2):
+    model = mlp()
+    model.compile(FOREIGN[kind](0.1), "mse", run_eagerly=True)
+    for _ in range(steps):
+        model.train_on_batch(np.eye(3), np.ones((3, 1)))
+    return tf.train.Checkpoint(model=model).save(str(folder / "foreign"))
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("cls", [kb.BlockAdam, kb.BAGM, kb.BAG])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_tf_checkpoint_of_keras_before_build(kind, cls, steps, tmp_path):
+    path = foreign_checkpoint(kind, tmp_path, steps)
+    model = mlp()
+    model.compile(optimizer := other(cls), "mse", run_eagerly=True)
+    tf.train.Checkpoint(model=model).restore(path).expect_partial()
+    with pytest.raises(ValueError, match=FOREIGN_MESSAGE):
+        optimizer.build(model.trainable_variables)
+    before = to_numpy(model.variables)
+    with pytest.raises(ValueError, match=FOREIGN_MESSAGE):
+        model.train_on_batch(np.eye(3), np.ones((3, 1)))
+    assert not optimizer.built
+    assert_same(model.variables, before)
+    model.compile(other(cls), "mse", run_eagerly=True)  # The remedy.
+    model.set_weights(model.get_weights())
+    model.train_on_batch(np.eye(3), np.ones((3, 1)))
+
+
+@pytest.mark.tensorflow
+def test_tf_checkpoint_of_keras_into_a_built_optimizer(tmp_path):
+    path = foreign_checkpoint("Adam", tmp_path)
+    model = trained_model(block_adam("coordinate"), 3)
+    save(model, "checkpoint", tmp_path)
+    tf.train.Checkpoint(model=model).restore(path).expect_partial()
+    with pytest.raises(ValueError, match=FOREIGN_MESSAGE):
+        model.train_on_batch(np.eye(3), np.ones((3, 1)))
+    load(model, "checkpoint", tmp_path)
+    model.train_on_batch(np.eye(3), np.ones((3, 1)))
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("built", [True, False])
+def test_tf_checkpoint_without_an_optimizer(built, tmp_path):
+    saved = mlp()
+    path = tf.train.Checkpoint(model=saved).save(str(tmp_path / "weights"))
+    model = mlp()
+    model.compile(optimizer := block_adam(), "mse", run_eagerly=True)
+    if built:
+        optimizer.build(model.trainable_variables)
+    tf.train.Checkpoint(model=model).restore(path).expect_partial()
+    assert_same(model.get_weights(), saved.get_weights())
+    model.train_on_batch(np.eye(3), np.ones((3, 1)))
+    assert int(optimizer.iterations) == 1
+
+
+@pytest.mark.tensorflow
+def test_own_tf_checkpoint_after_one_of_keras(tmp_path):
+    foreign = foreign_checkpoint("Adam", tmp_path)
+    saved = trained_model(block_adam(), 3)
+    save(saved, "checkpoint", tmp_path)
+    model = mlp()
+    model.compile(optimizer := block_adam(), "mse", run_eagerly=True)
+    tf.train.Checkpoint(model=model).restore(foreign).expect_partial()
+    checkpoint_of(model).restore(str(tmp_path / "state-1"))
+    optimizer.build(model.trainable_variables)
+    assert_same(state_of(model), state_of(saved))
 
 
 @pytest.mark.tensorflow

@@ -301,7 +301,8 @@ def test_sixteen_small_ones_of_a_kind_are_one_variable():
     optimizer.build(make_variables(shapes))
     names = [v.name for v in optimizer.variables[2:]]
     sizes = [v.shape for v in optimizer.variables[2:]]
-    small = ["small_momentum", "small_velocity"] * 2
+    small = ["small_momentum", "small_velocity"]
+    small += ["small_momentum_1", "small_velocity_1"]
     alone = [
         f"{path}_{slot}"
         for path in ["dense_32", "dense_33", "dense_34", *list(shapes)[35:]]
