@@ -80,8 +80,9 @@ class PlainOptimizer(KerasHooks):
         self, grads: Any, trainable_variables: Any, learning_rate: Any
     ) -> None:
         indices = [self._get_variable_index(v) for v in trainable_variables]
-        self._update(
-            self._batch(indices),
+        batch, counters = self._batch(indices)
+        taken = self._update(
+            batch,
             [ops.stop_gradient(g) for g in grads],
             learning_rate,
             ops.convert_to_tensor(self.iterations),
@@ -89,6 +90,7 @@ class PlainOptimizer(KerasHooks):
             # PyTorch would else record the step.
             lambda variable: ops.stop_gradient(ops.convert_to_tensor(variable)),
         )
+        self._count(counters, taken)
 
     def add_slot(
         self,
@@ -107,10 +109,11 @@ class PlainOptimizer(KerasHooks):
             layout=slot_layout(variable, shape),
         )
 
-    def is_sharded(self, variable: Variable) -> bool:
-        """Whether devices have different parts of a variable."""
+    def place_of(self, variable: Variable) -> Any:
+        """Its own, if devices have different parts of a variable."""
         layout = tensor_layout(variable)
-        return layout is not None and any(layout.axes)
+        sharded = layout is not None and any(layout.axes)
+        return id(variable) if sharded else None
 
     def densify(self, gradient: Any, variable: Variable) -> Any:
         """A dense gradient: what JAX and PyTorch call sparse is one, too."""
