@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.framework import op_callbacks
 
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.blocking.partition import Shape
@@ -221,6 +222,8 @@ class TensorFlowOptimizer(KerasHooks):
             return False  # XLA compiles for one.
         if self.jit_compile != "auto":
             return bool(self.jit_compile)
+        if op_callbacks.should_invoke_op_callbacks():
+            return False  # TensorFlow's debugger has to see every operation.
         if isinstance(self._distribution_strategy, tf.distribute.TPUStrategy):
             return False  # The strategy compiles the whole step.
         metal = platform.system() == "Darwin" and platform.machine() == "arm64"
