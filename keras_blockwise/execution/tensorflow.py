@@ -12,7 +12,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.framework import op_callbacks
 
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.blocking.partition import Shape
@@ -222,12 +221,12 @@ class TensorFlowOptimizer(KerasHooks):
             return False  # XLA compiles for one.
         if self.jit_compile != "auto":
             return bool(self.jit_compile)
-        if op_callbacks.should_invoke_op_callbacks():
-            return False  # TensorFlow's debugger has to see every operation.
         if isinstance(self._distribution_strategy, tf.distribute.TPUStrategy):
             return False  # The strategy compiles the whole step.
         metal = platform.system() == "Darwin" and platform.machine() == "arm64"
-        return not (metal and tf.config.list_physical_devices("GPU"))
+        if metal and tf.config.list_physical_devices("GPU"):
+            return False
+        return not is_watched()
 
     @staticmethod
     def _in_graph() -> bool:
@@ -284,6 +283,13 @@ def compile_update(update: Callable[..., None], arguments: Any) -> Any:
     with tf.init_scope():
         function = tf.function(update, jit_compile=True, autograph=False)
         return function.get_concrete_function(*specs)
+
+
+def is_watched() -> bool:
+    """Whether a debugger of TensorFlow adds operations, which XLA rejects."""
+    with tf.Graph().as_default() as graph:
+        tf.constant(0.0)
+    return len(graph.get_operations()) > 1
 
 
 def native(variable: Variable) -> Any:
