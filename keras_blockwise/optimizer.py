@@ -193,7 +193,7 @@ class BlockwiseOptimizer(Execution):
             [keras.backend.standardize_dtype(v.dtype) for v in variables],
             [row and row.partition for row in rows],
             self.momentum_dtype,
-            [self.is_sharded(v) for v in variables],
+            [self.place_of(v) for v in variables],
         )
         return rows, slots
 

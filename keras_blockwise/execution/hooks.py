@@ -215,15 +215,14 @@ class KerasHooks(keras.optimizers.Optimizer):
 
     def _update(
         self,
-        written: Written,
+        batch: Batch,
         gradients: Sequence[Tensor],
         learning_rate: Tensor,
         iterations: Tensor,
         kernels: Kernels,
         read: Read,
-    ) -> None:
-        """`update`, and the count of the steps that were not taken."""
-        batch, counters = written
+    ) -> Tensor:
+        """`update`; returns whether the step was taken, if that is counted."""
         taken = update(
             self.block_state.rule,
             batch,
@@ -235,6 +234,10 @@ class KerasHooks(keras.optimizers.Optimizer):
             assign=self.assign,
             skip_nonfinite=self.skip_nonfinite,
         )
+        return taken if self.skip_nonfinite else None
+
+    def _count(self, counters: Sequence[Variable], taken: Tensor) -> None:
+        """Counts a step that was not taken."""
         if counters:
             iteration, skipped_steps = counters
             skipped = 1 - ops.cast(taken, skipped_steps.dtype)

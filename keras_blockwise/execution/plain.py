@@ -83,8 +83,9 @@ class PlainOptimizer(KerasHooks):
         learning_rate: Tensor,
     ) -> None:
         """A step of the variables at some positions."""
-        self._update(
-            self._batch(indices),
+        batch, counters = self._batch(indices)
+        taken = self._update(
+            batch,
             [ops.stop_gradient(g) for g in gradients],
             learning_rate,
             ops.convert_to_tensor(self.iterations),
@@ -92,6 +93,7 @@ class PlainOptimizer(KerasHooks):
             # PyTorch would else record the step.
             lambda variable: ops.stop_gradient(ops.convert_to_tensor(variable)),
         )
+        self._count(counters, taken)
 
     def add_slot(
         self,
@@ -113,10 +115,11 @@ class PlainOptimizer(KerasHooks):
     def check_restored(self) -> None:
         """Nothing: no other backend has checkpoints by position."""
 
-    def is_sharded(self, variable: Variable) -> bool:
-        """Whether devices have different parts of a variable."""
+    def place_of(self, variable: Variable) -> Any:
+        """Its own, if devices have different parts of a variable."""
         layout = tensor_layout(variable)
-        return layout is not None and any(layout.axes)
+        sharded = layout is not None and any(layout.axes)
+        return id(variable) if sharded else None
 
     def densify(self, gradient: Any, variable: Variable) -> Any:
         """A dense gradient: what JAX and PyTorch call sparse is one, too."""

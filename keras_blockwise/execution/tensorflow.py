@@ -3,6 +3,7 @@
 In a graph on a CPU it may be two, the second for the first few variables.
 """
 
+import contextlib
 import platform
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.execution.hooks import KerasHooks
 from keras_blockwise.execution.hooks import Written
@@ -75,18 +77,43 @@ class TensorFlowOptimizer(KerasHooks):
         *scalars: Tensor,
     ) -> None:
         """Updates the variables at `indices`, in one call or in several."""
-        calls = [slice(None)]
-        if not self.skip_nonfinite and self._in_graph():  # It needs them all.
-            keys = self.block_state.accumulator_keys_of(indices)
-            calls = self._kernels().calls(keys)
-        for together in calls:
-            own = indices[together]
+        for together in self._calls(indices):
+            own = tuple(indices[i] for i in together)
+            gradients = [grads[i] for i in together]
             strategy.extended.update(
                 native(self._trainable_variables[own[0]]),
                 self._update_replica,
-                args=(own, self._written(own), grads[together], *scalars),
+                args=(own, self._written(own), gradients, *scalars),
                 group=False,
             )
+
+    def _calls(self, indices: tuple[int, ...]) -> list[Sequence[int]]:
+        """Positions of `indices`, those of each call."""
+        if self.skip_nonfinite:  # It needs them all.
+            return [range(len(indices))]
+        if indices not in self._compiled.calls:
+            self._compiled.calls[indices] = by_device(
+                [self._device_of(i) for i in indices],
+                self.block_state.accumulator_keys_of(indices),
+            )
+        calls = self._compiled.calls[indices]
+        if not self._in_graph():
+            return calls
+        return [
+            own[part] for own in calls for part in self._parts(indices, own)
+        ]
+
+    def _parts(
+        self, indices: tuple[int, ...], own: Sequence[int]
+    ) -> list[slice]:
+        """How a graph cuts a call that updates some of `indices`."""
+        members = [indices[i] for i in own]
+        kernels = self._kernels({self._device_of(i) for i in members})
+        return kernels.calls(self.block_state.accumulator_keys_of(members))
+
+    def _device_of(self, index: int) -> str:
+        device: str = native(self._trainable_variables[index]).device
+        return device
 
     def _written(self, indices: tuple[int, ...]) -> Written:
         """What a step writes, in TensorFlow's own variables."""
@@ -106,18 +133,24 @@ class TensorFlowOptimizer(KerasHooks):
         iterations: Tensor,
     ) -> None:
         """`_update` on the variables of one replica, compiled if it may be."""
-        kernels = self._kernels()
+        batch, counters = written
+        replica = (indices, id(first_variable))
+        if replica not in self._compiled.devices:
+            self._compiled.devices[replica] = devices_of(batch)
+        devices = self._compiled.devices[replica]
+        kernels = self._kernels(devices)
         # The variables are captured: no work for them per step.
         update = partial(
-            self._update, written, kernels=kernels, read=tf.convert_to_tensor
+            self._update, batch, kernels=kernels, read=tf.convert_to_tensor
         )
-        if not self._should_compile():
-            update(gradients, learning_rate, iterations)
+        if not self._should_compile(devices):
+            taken = update(gradients, learning_rate, iterations)
+            self._count(counters, taken)
             return
         arguments, unpack = gradients, None
         if self._in_graph():
             arguments, unpack = kernels.pack(gradients)
-        key = (indices, id(first_variable), len(arguments))
+        key = (*replica, len(arguments))
         if key not in self._compiled.functions:
             self._compiled.functions[key] = compile_update(
                 lambda arguments, *scalars: update(
@@ -125,7 +158,10 @@ class TensorFlowOptimizer(KerasHooks):
                 ),
                 (arguments, learning_rate, iterations),
             )
-        self._compiled.functions[key](arguments, learning_rate, iterations)
+        function = self._compiled.functions[key]
+        with on_device(devices):
+            taken = function(arguments, learning_rate, iterations)
+        self._count(counters, taken)
 
     def add_slot(
         self,
@@ -154,9 +190,9 @@ class TensorFlowOptimizer(KerasHooks):
         if restored_at(self) > restored_at(description):
             raise ValueError(saving.foreign_checkpoint(self))
 
-    def is_sharded(self, variable: Variable) -> bool:
-        """Whether devices have different parts of a variable: none has."""
-        return False
+    def place_of(self, variable: Variable) -> Any:
+        """The device of a variable: what is kept together is on one."""
+        return native(variable).device
 
     def densify(self, gradient: Any, variable: Variable) -> Any:
         """A dense gradient: rows that are repeated are added up."""
@@ -190,18 +226,23 @@ class TensorFlowOptimizer(KerasHooks):
             children.pop("_state_description", None)
         return children
 
-    def _kernels(self) -> PlainKernels:
-        if self._should_compile() and on_cpu(self._trainable_variables):
+    def _kernels(self, devices: set[str]) -> PlainKernels:
+        types = {tf.DeviceSpec.from_string(d).device_type for d in devices}
+        if self._should_compile(devices) and types == {"CPU"}:
             return FOR_CPU
         return PLAIN
 
-    def _should_compile(self) -> bool:
+    def _should_compile(self, devices: set[str]) -> bool:
+        if len(devices) > 1:
+            return False  # XLA compiles for one.
         if self.jit_compile != "auto":
             return bool(self.jit_compile)
         if isinstance(self._distribution_strategy, tf.distribute.TPUStrategy):
             return False  # The strategy compiles the whole step.
         metal = platform.system() == "Darwin" and platform.machine() == "arm64"
-        return not (metal and tf.config.list_physical_devices("GPU"))
+        if metal and tf.config.list_physical_devices("GPU"):
+            return False
+        return not is_watched()
 
     @staticmethod
     def _in_graph() -> bool:
@@ -252,7 +293,9 @@ class CompiledUpdates:
     """
 
     def __init__(self) -> None:
+        self.calls: dict[tuple[int, ...], list[Sequence[int]]] = {}
         self.written: dict[tuple[int, ...], Written] = {}
+        self.devices: dict[Any, set[str]] = {}
         self.functions: dict[Any, Any] = {}
 
 
@@ -266,6 +309,13 @@ def compile_update(update: Callable[..., None], arguments: Any) -> Any:
         return function.get_concrete_function(*specs)
 
 
+def is_watched() -> bool:
+    """Whether a debugger of TensorFlow adds operations, which XLA rejects."""
+    with tf.Graph().as_default() as graph:
+        tf.constant(0.0)
+    return len(graph.get_operations()) > 1
+
+
 def native(variable: Variable) -> Any:
     """The `tf.Variable` inside a `keras.Variable`."""
     if isinstance(variable, keras.Variable):
@@ -273,7 +323,36 @@ def native(variable: Variable) -> Any:
     return variable
 
 
-def on_cpu(variables: Sequence[Variable]) -> bool:
-    """Whether variables are on a CPU, of which a strategy may have several."""
-    devices = {tf.DeviceSpec.from_string(native(v).device) for v in variables}
-    return {device.device_type for device in devices} == {"CPU"}
+def devices_of(batch: Batch) -> set[str]:
+    """Where the variables and the state of a step are."""
+    variables = [
+        *(v for unit in batch.weights for v in unit.variables),
+        *(part.variable for unit in batch.weights for part in unit.momentum),
+        *(p.variable for unit in batch.accumulators for p in unit.statistics),
+    ]
+    return {native(variable).device for variable in variables}
+
+
+def by_device(
+    devices: Sequence[str], accumulators: Sequence[Any]
+) -> list[Sequence[int]]:
+    """The positions on each device, or all if two share an accumulator.
+
+    Args:
+        devices: The device of each variable.
+        accumulators: What the accumulator of each variable is known by.
+    """
+    if len(set(zip(devices, accumulators))) > len(set(accumulators)):
+        return [range(len(devices))]
+    positions: dict[str, list[int]] = {}
+    for position, device in enumerate(devices):
+        positions.setdefault(device, []).append(position)
+    return list(positions.values())
+
+
+def on_device(devices: set[str]) -> Any:
+    """Has a function run on its device, whatever the scope around it says."""
+    if tf.__internal__.get_enclosing_xla_context() is not None:
+        return contextlib.nullcontext()
+    (device,) = devices
+    return tf.device(device)

@@ -58,7 +58,7 @@ def plan_slots(
     dtypes: Sequence[str],
     partitions: Sequence[Partition | None],
     momentum_dtype: str | None,
-    sharded: Sequence[bool],
+    places: Sequence[Hashable],
 ) -> list[Slot]:
     """The slots of an optimizer, in saved order.
 
@@ -67,7 +67,7 @@ def plan_slots(
         dtypes: Dtypes of the variables to update.
         partitions: Their blocks; `None` for a variable without an update.
         momentum_dtype: Dtype of the momentum; `None` for that of the variable.
-        sharded: Whether devices have different parts of the variable.
+        places: Where each is; slots of one place can be kept together.
     """
     keys = accumulator_keys(partitions)
     wide = {key for key, dtype in zip(keys, dtypes) if dtype == "float64"}
@@ -77,16 +77,23 @@ def plan_slots(
         if partition is None:
             continue
         step_dtype = "float64" if keys[i] in wide else "float32"
-        alone = (i,) if sharded[i] else ()
         if rule.momentum.has_state:
             dtype = momentum_dtype or dtypes[i]
-            kind = ("momentum", dtype, dtypes[i], step_dtype, *alone)
+            kind = ("momentum", dtype, dtypes[i], step_dtype, places[i])
             slots.append(Slot(i, "momentum", partition.shape, dtype, 0.0, kind))
         if keys[i] in seen:
             continue
         seen.add(keys[i])
         shape = partition.accumulator_shape
         for name, value in rule.second_moment.statistics.items():
-            kind = (name, step_dtype, *alone)
-            slots.append(Slot(i, name, shape, step_dtype, value, kind))
+            slots.append(
+                Slot(
+                    i,
+                    name,
+                    shape,
+                    step_dtype,
+                    value,
+                    kind=(name, step_dtype, places[i]),
+                )
+            )
     return slots

@@ -228,6 +228,43 @@ def test_fit_is_the_same_however_it_is_compiled(case):
     assert results[0][0][1] < results[0][0][0]
 
 
+# TensorFlow's debugger, which sees every operation or raises an error.
+
+
+@pytest.fixture
+def check_numerics():
+    tf.debugging.enable_check_numerics()
+    yield
+    tf.debugging.disable_check_numerics()
+
+
+@pytest.fixture
+def dump_debug_info(tmp_path):
+    writer = tf.debugging.experimental.enable_dump_debug_info(
+        str(tmp_path), tensor_debug_mode="FULL_HEALTH"
+    )
+    yield writer
+    tf.debugging.experimental.disable_dump_debug_info()
+
+
+@pytest.mark.parametrize("debugger", ["check_numerics", "dump_debug_info"])
+def test_fit_under_a_debugger(debugger, request):
+    expected = fitted(kb.BAGM(0.01, jit_compile=False))
+    request.getfixturevalue(debugger)
+    optimizer = kb.BAGM(0.01)
+    assert_near(fitted(optimizer), expected)
+    optimizer.apply([tf.ones(v.shape) for v in optimizer._trainable_variables])
+    assert not compiled_functions(optimizer)
+
+
+def test_check_numerics_finds_the_update(check_numerics):
+    optimizer = kb.BAGM(0.01)
+    variable = keras.Variable(np.ones(3))
+    optimizer.build([variable])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Inf|NaN"):
+        optimizer.apply([tf.constant([1.0, np.nan, 1.0])])
+
+
 # Strategies.
 
 # Four schemes at once: a layer and the rest of the model share an accumulator,
