@@ -51,7 +51,7 @@ def projections(axes: str, *names: str) -> dict[str, tuple[str, str]]:
     """Sublayers of an attention layer that project to heads."""
     kinds = {"query": "query", "key": "key", "value": "value"}
     return {
-        f"{name}/{weight}": (kinds.get(name, "dense"), axes)
+        f"{name}/{weight}": (kinds.get(name.partition("_")[0], "dense"), axes)
         for name in names
         for weight in ("kernel", "lora_kernel_a")
     }
@@ -60,6 +60,20 @@ def projections(axes: str, *names: str) -> dict[str, tuple[str, str]]:
 ATTENTION = projections(
     "input head+output output", "query", "key", "value", "gate"
 )
+
+# In KerasHub, without gates.
+HEADS = projections("input head+output output", "query", "key", "value")
+HEADS_DENSE = projections(
+    "input head+output output", "query_dense", "key_dense", "value_dense"
+)
+HEADS_FIRST = projections("head+output input output", "query", "key", "value")
+EXPERTS = ("dense", "output input output")
+EXPERTS_OF_QWEN = {
+    "expert_feedforward_gate_dense": EXPERTS,
+    "expert_feedforward_output_dense": EXPERTS,
+}
+TABLE = ("embedding", "output input")
+TOKEN = ("embedding", "output output input")
 
 
 def einsum_dense(layer: Layer) -> Entry:
@@ -140,15 +154,73 @@ LAYER_AXES: dict[str, Entry | Callable[[Layer], Entry]] = {
         "imag_kernel": ("conv", "spatial input output"),
     },
     "keras.SimpleRNNCell": RECURRENT,
-    "keras_hub.CachedGemmaAttention": projections(
-        "head+output input output", "query", "key", "value"
-    ),
-    "keras_hub.PositionEmbedding": {
-        "embeddings": ("embedding", "output input")
+    "keras_hub.BloomAttention": HEADS_DENSE,
+    "keras_hub.CachedGemma3Attention": HEADS_FIRST,
+    "keras_hub.CachedGemmaAttention": HEADS_FIRST,
+    "keras_hub.CachedMistralAttention": HEADS,
+    "keras_hub.CachedMixtralAttention": HEADS,
+    "keras_hub.DINOV2Embedding": {
+        "cls_token": TOKEN,
+        "mask_token": TABLE,
+        "interpolated_position_embeddings": TOKEN,
     },
+    "keras_hub.DINOV2LayerScale": {"*": VECTOR},
+    "keras_hub.DeiTEmbeddings": {
+        "class_token": TOKEN,
+        "distillation_token": TOKEN,
+        "position_embedding": TOKEN,
+    },
+    "keras_hub.DisentangledSelfAttention": HEADS,
+    "keras_hub.FalconAttention": HEADS_DENSE,
+    "keras_hub.GptOssAttention": {**HEADS, "sinks": VECTOR},
+    "keras_hub.GptOssExperts": {
+        "gate_up_proj": EXPERTS,
+        "gate_up_proj_bias": BIAS,
+        "down_proj": EXPERTS,
+        "down_proj_bias": BIAS,
+    },
+    "keras_hub.GptOssLayerNormalization": NORMALIZATION,
+    "keras_hub.LlamaAttention": HEADS,
+    "keras_hub.LlamaLayerNorm": NORMALIZATION,
+    "keras_hub.MistralLayerNormalization": NORMALIZATION,
+    "keras_hub.MixtralLayerNormalization": NORMALIZATION,
+    "keras_hub.MixtralMoeExperts": {
+        **EXPERTS_OF_QWEN,
+        "expert_feedforward_intermediate_dense": EXPERTS,
+    },
+    "keras_hub.Phi3Attention": HEADS,
+    "keras_hub.Phi3LayerNorm": NORMALIZATION,
+    "keras_hub.PositionEmbedding": {"embeddings": TABLE},
+    "keras_hub.Qwen3Attention": HEADS,
+    "keras_hub.Qwen3LayerNorm": NORMALIZATION,
+    "keras_hub.Qwen3MoeAttention": HEADS,
+    "keras_hub.Qwen3MoeExperts": EXPERTS_OF_QWEN,
+    "keras_hub.Qwen3MoeLayerNorm": NORMALIZATION,
+    "keras_hub.QwenAttention": HEADS,
+    "keras_hub.QwenLayerNorm": NORMALIZATION,
+    "keras_hub.QwenMoeAttention": HEADS,
+    "keras_hub.QwenMoeExperts": EXPERTS_OF_QWEN,
+    "keras_hub.QwenMoeLayerNorm": NORMALIZATION,
     "keras_hub.RMSNormalization": NORMALIZATION,
-    "keras_hub.ViTPatchingAndEmbedding": {
-        "class_token": ("embedding", "output output input")
+    "keras_hub.RWKV7ChannelMix": {"time_mix_k": VECTOR},
+    "keras_hub.RWKV7TimeMix": {
+        **{
+            f"{name}{i}": LINEAR
+            for name in ("w", "a", "v", "g")
+            for i in (1, 2)
+        },
+        "*": VECTOR,
+    },
+    "keras_hub.RelativeEmbedding": {"rel_embedding": TABLE},
+    "keras_hub.T5LayerNorm": {"weight": NORM},
+    "keras_hub.T5MultiHeadAttention": {"embeddings": VECTOR},
+    "keras_hub.ViTPatchingAndEmbedding": {"class_token": TOKEN},
+    "keras_hub.XLNetAttentionMaskLayer": {"mask_emb": TOKEN},
+    "keras_hub.XLNetEncoder": {
+        "content_attention_bias": BIAS,
+        "positional_attention_bias": BIAS,
+        "segment_attention_bias": BIAS,
+        "segment_encoding": ("embedding", "output input input"),
     },
 }
 

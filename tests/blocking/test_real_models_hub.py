@@ -10,6 +10,7 @@ from helpers.real_models import check_saving
 from helpers.real_models import check_steps
 from helpers.real_models import check_tiles
 from keras_blockwise.blocking.layer_axes import LAYER_AXES
+from keras_blockwise.blocking.layer_axes import meanings_in
 
 TEXT = {
     "dropout": 0.0,  # So that the next loss is that of the same network.
@@ -18,6 +19,81 @@ TEXT = {
     "num_heads": 2,
     "hidden_dim": 8,
     "intermediate_dim": 16,
+}
+DECODER = {
+    "vocabulary_size": 32,
+    "num_layers": 1,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 8,
+    "intermediate_dim": 16,
+}
+MIXTURE = {**DECODER, "num_experts": 2, "top_k": 1}
+HIDDEN = {
+    "vocabulary_size": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "intermediate_dim": 16,
+}
+models = keras_hub.models
+# Backbones of which only the knowledge of their layers is tested.
+KNOWN = {
+    "llama": lambda: models.LlamaBackbone(**DECODER),
+    "llama3": lambda: models.Llama3Backbone(**DECODER),
+    "mistral": lambda: models.MistralBackbone(**DECODER),
+    "qwen": lambda: models.QwenBackbone(**DECODER),
+    "qwen3": lambda: models.Qwen3Backbone(head_dim=4, **DECODER),
+    "phi3": lambda: models.Phi3Backbone(**DECODER),
+    "gemma3": lambda: models.Gemma3Backbone(
+        head_dim=4, image_size=16, **DECODER
+    ),
+    "mixtral": lambda: models.MixtralBackbone(**MIXTURE),
+    "qwen_moe": lambda: models.QwenMoeBackbone(
+        moe_intermediate_dim=8, shared_expert_intermediate_dim=8, **MIXTURE
+    ),
+    "qwen3_moe": lambda: models.Qwen3MoeBackbone(
+        head_dim=4, moe_intermediate_dim=8, **MIXTURE
+    ),
+    "gpt_oss": lambda: models.GptOssBackbone(head_dim=4, **MIXTURE),
+    "falcon": lambda: models.FalconBackbone(
+        vocabulary_size=32,
+        num_layers=1,
+        num_attention_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+    ),
+    "gpt_neo_x": lambda: models.GPTNeoXBackbone(**HIDDEN),
+    "bloom": lambda: models.BloomBackbone(**HIDDEN),
+    "t5": lambda: models.T5Backbone(**HIDDEN),
+    "xlnet": lambda: models.XLNetBackbone(**HIDDEN, dropout=0.0),
+    "esm": lambda: models.ESMBackbone(**HIDDEN),
+    "deberta": lambda: models.DebertaV3Backbone(
+        **HIDDEN, max_sequence_length=8, bucket_size=4
+    ),
+    "rwkv7": lambda: models.RWKV7Backbone(
+        vocabulary_size=32,
+        num_layers=2,
+        hidden_size=8,
+        intermediate_dim=16,
+        head_size=4,
+    ),
+    "deit": lambda: models.DeiTBackbone(
+        image_shape=(16, 16, 3),
+        patch_size=4,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+    ),
+    "dinov2": lambda: models.DINOV2Backbone(
+        image_shape=(16, 16, 3),
+        patch_size=4,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+    ),
 }
 BACKBONES = {
     "gpt2": lambda: keras_hub.models.GPT2Backbone(
@@ -147,6 +223,25 @@ def test_every_entry_is_of_a_class_of_keras_hub():
     }
     entries = {name for name in LAYER_AXES if not name.startswith("keras.")}
     assert entries <= names
+
+
+@pytest.mark.filterwarnings("ignore")  # Those of KerasHub.
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_axis_is_known(name):
+    keras.backend.clear_session(free_memory=False)
+    model = KNOWN[name]()
+    meanings = meanings_in(model)
+    for variable in model.trainable_variables:
+        (axes,) = meanings[id(variable)].axes  # And no other.
+        assert axes.kind != "unknown", variable.path
+        name = variable.path.rpartition("/")[0].rpartition("/")[2]
+        if axes.kind in ("query", "key", "value"):
+            assert axes.head and len(variable.shape) == 3, variable.path
+        kind = name.removesuffix("_dense")
+        if kind in ("query", "key", "value") and len(variable.shape) == 3:
+            assert axes.kind == kind, variable.path
+        if "experts" in variable.path and len(variable.shape) == 3:
+            assert (axes.output, axes.input) == ((0, 2), (1,))
 
 
 @each
