@@ -75,9 +75,13 @@ def without_missing(peers: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def our_optimizers(schemes: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Compiled from the first step on, as after many of them by default."""
     for cls in (kb.BlockAdam, kb.BAGM):
         for scheme in schemes:
-            yield f"{cls.__name__} {scheme}", cls(1e-3, blocking=scheme)
+            yield (
+                f"{cls.__name__} {scheme}",
+                cls(1e-3, blocking=scheme, jit_compile=True),
+            )
 
 
 def keras_step(

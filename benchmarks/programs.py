@@ -99,6 +99,7 @@ def program_of(optimizer, variables, gradients) -> str:
     """The optimized program of the optimizer's own compiled update."""
     before = set(Path(DUMP).glob("*after_optimizations.txt"))
     optimizer.build(variables)
+    optimizer.jit_compile = True  # At the first step.
     optimizer.apply(gradients)
     new = set(Path(DUMP).glob("*after_optimizations.txt")) - before
     largest = max(new, key=lambda path: path.stat().st_size)

@@ -59,7 +59,9 @@ class BlockwiseOptimizer(Execution):
         momentum_dtype: The dtype of the momentum. Defaults to that of the
             variable.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
-            XLA. `"auto"` does so wherever the device can.
+            XLA. `"auto"` does so wherever the device can; a step that `apply`
+            takes by itself only when there have been many of the same
+            variables.
         skip_nonfinite: Boolean. Whether to leave out a step whose gradient has
             an infinity or a NaN; see `BlockAdam`.
         **kwargs: As in `keras.optimizers.Optimizer`.

@@ -3,11 +3,11 @@
 In a graph on a CPU it may be two, the second for the first few variables.
 """
 
+import collections
 import contextlib
 import platform
 from collections.abc import Callable
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import keras
@@ -27,6 +27,13 @@ Variable = Any
 PLAIN = PlainKernels()
 # What XLA compiles for a CPU.
 FOR_CPU: PlainKernels = XlaCpuKernels()
+# From so many steps of the same variables on, a step that `apply` takes by
+# itself is worth compiling: all steps until then, compilation included, take as
+# long as those of Keras's Adam (32 to 56, by `python -m benchmarks.compile`).
+PLAIN_STEPS = 48
+# What a compiled update belongs to: the positions of its variables, and the
+# first of them on its replica.
+Replica = tuple[tuple[int, ...], int]
 
 
 class TensorFlowOptimizer(KerasHooks):
@@ -108,8 +115,11 @@ class TensorFlowOptimizer(KerasHooks):
     ) -> list[slice]:
         """How a graph cuts a call that updates some of `indices`."""
         members = [indices[i] for i in own]
-        kernels = self._kernels({self._device_of(i) for i in members})
-        return kernels.calls(self.block_state.accumulator_keys_of(members))
+        devices = {self._device_of(i) for i in members}
+        if not self._should_compile(devices):
+            return [slice(None)]
+        keys = self.block_state.accumulator_keys_of(members)
+        return kernels_on(devices).calls(keys)
 
     def _device_of(self, index: int) -> str:
         device: str = native(self._trainable_variables[index]).device
@@ -138,30 +148,55 @@ class TensorFlowOptimizer(KerasHooks):
         if replica not in self._compiled.devices:
             self._compiled.devices[replica] = devices_of(batch)
         devices = self._compiled.devices[replica]
-        kernels = self._kernels(devices)
-        # The variables are captured: no work for them per step.
-        update = partial(
-            self._update, batch, kernels=kernels, read=tf.convert_to_tensor
-        )
-        if not self._should_compile(devices):
-            taken = update(gradients, learning_rate, iterations)
-            self._count(counters, taken)
-            return
-        arguments, unpack = gradients, None
+        if self._should_compile(devices, replica):
+            taken = self._run_compiled(
+                replica,
+                devices,
+                batch,
+                gradients,
+                (learning_rate, iterations),
+            )
+        else:
+            taken = self._update(
+                batch,
+                gradients,
+                learning_rate,
+                iterations,
+                kernels=PLAIN,
+                read=tf.convert_to_tensor,
+            )
+        self._count(counters, taken)
+
+    def _run_compiled(
+        self,
+        replica: Replica,
+        devices: set[str],
+        batch: Batch,
+        gradients: list[Tensor],
+        scalars: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """`_update`, compiled by XLA and called where the variables are."""
+        kernels = kernels_on(devices)
+        arguments: list[Tensor] = gradients
+        unpack: Callable[[Sequence[Tensor]], list[Tensor]] = list
         if self._in_graph():
             arguments, unpack = kernels.pack(gradients)
         key = (*replica, len(arguments))
         if key not in self._compiled.functions:
+            # The variables are captured: no work for them per step.
             self._compiled.functions[key] = compile_update(
-                lambda arguments, *scalars: update(
-                    unpack(arguments) if unpack else arguments, *scalars
+                lambda arguments, learning_rate, iterations: self._update(
+                    batch,
+                    unpack(arguments),
+                    learning_rate,
+                    iterations,
+                    kernels=kernels,
+                    read=tf.convert_to_tensor,
                 ),
-                (arguments, learning_rate, iterations),
+                (arguments, *scalars),
             )
-        function = self._compiled.functions[key]
         with on_device(devices):
-            taken = function(arguments, learning_rate, iterations)
-        self._count(counters, taken)
+            return self._compiled.functions[key](arguments, *scalars)
 
     def add_slot(
         self,
@@ -226,13 +261,10 @@ class TensorFlowOptimizer(KerasHooks):
             children.pop("_state_description", None)
         return children
 
-    def _kernels(self, devices: set[str]) -> PlainKernels:
-        types = {tf.DeviceSpec.from_string(d).device_type for d in devices}
-        if self._should_compile(devices) and types == {"CPU"}:
-            return FOR_CPU
-        return PLAIN
-
-    def _should_compile(self, devices: set[str]) -> bool:
+    def _should_compile(
+        self, devices: set[str], replica: Replica | None = None
+    ) -> bool:
+        """Whether XLA is to compile the update of variables on `devices`."""
         if len(devices) > 1:
             return False  # XLA compiles for one.
         if self.jit_compile != "auto":
@@ -242,7 +274,14 @@ class TensorFlowOptimizer(KerasHooks):
         metal = platform.system() == "Darwin" and platform.machine() == "arm64"
         if metal and tf.config.list_physical_devices("GPU"):
             return False
-        return not is_watched()
+        if not tf.executing_eagerly():
+            return not is_watched()
+        steps = self._compiled.steps
+        if steps[replica] < PLAIN_STEPS:
+            steps[replica] += 1
+        elif steps[replica] == PLAIN_STEPS and not is_watched():
+            steps[replica] += 1
+        return steps[replica] > PLAIN_STEPS
 
     @staticmethod
     def _in_graph() -> bool:
@@ -295,7 +334,8 @@ class CompiledUpdates:
     def __init__(self) -> None:
         self.calls: dict[tuple[int, ...], list[Sequence[int]]] = {}
         self.written: dict[tuple[int, ...], Written] = {}
-        self.devices: dict[Any, set[str]] = {}
+        self.devices: dict[Replica, set[str]] = {}
+        self.steps: collections.Counter[Replica | None] = collections.Counter()
         self.functions: dict[Any, Any] = {}
 
 
@@ -331,6 +371,12 @@ def devices_of(batch: Batch) -> set[str]:
         *(p.variable for unit in batch.accumulators for p in unit.statistics),
     ]
     return {native(variable).device for variable in variables}
+
+
+def kernels_on(devices: set[str]) -> PlainKernels:
+    """How to compute what XLA compiles for these devices."""
+    types = {tf.DeviceSpec.from_string(d).device_type for d in devices}
+    return FOR_CPU if types == {"CPU"} else PLAIN
 
 
 def by_device(

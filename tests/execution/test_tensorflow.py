@@ -28,6 +28,7 @@ from helpers.replicas import two_replicas
 from helpers.training import falling
 from helpers.training import graph
 from helpers.training import train
+from keras_blockwise.execution.tensorflow import PLAIN_STEPS
 
 pytestmark = pytest.mark.tensorflow
 STEPS = 3
@@ -45,7 +46,7 @@ LEARNING_RATES = {
 
 @pytest.mark.parametrize("kind", LEARNING_RATES)
 def test_eager_steps_are_traced_once(kind):
-    optimizer = kb.BAGM(LEARNING_RATES[kind])
+    optimizer = kb.BAGM(LEARNING_RATES[kind], jit_compile=True)
     traces = count_traces(optimizer)
     variables = make_variables()
     for step, gradients in enumerate(make_gradients(6)):
@@ -58,7 +59,7 @@ def test_eager_steps_are_traced_once(kind):
 
 def test_eager_steps_do_not_print_the_gradients(monkeypatch):
     """As the text of an error does that TensorFlow itself catches."""
-    optimizer = kb.BAGM()
+    optimizer = kb.BAGM(jit_compile=True)
     variables = make_variables()
     first, second = map(tensors, make_gradients(2))
     optimizer.apply(first, variables)
@@ -90,7 +91,7 @@ def test_steps_in_a_function_are_traced_once(jit_compile):
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_one_trace_per_set_of_gradients():
-    optimizer = kb.BAGM(blocking="model")
+    optimizer = kb.BAGM(blocking="model", jit_compile=True)
     traces = count_traces(optimizer)
     variables = make_variables()
     numbers = []
@@ -131,15 +132,46 @@ def test_order_of_the_variables_has_no_effect():
 # XLA.
 
 
-@pytest.mark.parametrize("jit_compile", [True, "auto"])
-def test_the_update_is_compiled_by_xla(jit_compile):
-    optimizer = kb.BAGM(jit_compile=jit_compile)
+def test_the_update_is_compiled_by_xla():
+    optimizer = kb.BAGM(jit_compile=True)
     optimizer.apply(tensors(make_gradients(1)[0]), make_variables())
     (function,) = compiled_functions(optimizer)
     assert is_xla(function)
 
 
-@pytest.mark.parametrize("jit_compile, expected", [(True, 1), (False, 0)])
+def test_steps_by_themselves_are_compiled_once_there_are_many():
+    """By default; the numbers are those of the plain path before and after."""
+    auto, plain = kb.BAGM(0.1), kb.BAGM(0.1, jit_compile=False)
+    ends = []
+    for optimizer in (auto, plain):
+        variables = make_variables()
+        for number, gradients in enumerate(make_gradients(PLAIN_STEPS + 2)):
+            expected = number > PLAIN_STEPS and optimizer is auto
+            assert len(compiled_functions(optimizer)) == expected
+            optimizer.apply(tensors(gradients), variables)
+        ends.append(to_numpy([*variables, *optimizer.variables]))
+    assert_near(*ends)
+    assert all(map(is_xla, compiled_functions(auto)))
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_each_set_of_gradients_is_counted_by_itself():
+    optimizer = kb.BAGM()
+    variables = make_variables()
+    optimizer.build(variables)
+    (gradients,) = make_gradients(1)
+    for number in range(2 * PLAIN_STEPS):
+        given = tensors(gradients)
+        given[number % 2] = None
+        optimizer.apply(given)
+    assert not compiled_functions(optimizer)
+    optimizer.apply(given)
+    assert len(compiled_functions(optimizer)) == 1
+
+
+@pytest.mark.parametrize(
+    "jit_compile, expected", [(True, 1), ("auto", 1), (False, 0)]
+)
 def test_the_update_in_a_function_is_compiled_by_xla(jit_compile, expected):
     optimizer = kb.BAGM(jit_compile=jit_compile)
     optimizer.build(make_variables())
@@ -253,7 +285,10 @@ def test_fit_under_a_debugger(debugger, request):
     request.getfixturevalue(debugger)
     optimizer = kb.BAGM(0.01)
     assert_near(fitted(optimizer), expected)
-    optimizer.apply([tf.ones(v.shape) for v in optimizer._trainable_variables])
+    for _ in range(PLAIN_STEPS + 1):
+        optimizer.apply(
+            [tf.zeros(v.shape) for v in optimizer._trainable_variables]
+        )
     assert not compiled_functions(optimizer)
 
 
@@ -355,7 +390,7 @@ def test_state_is_on_the_devices_of_the_variables(strategy):
 def test_replicas_are_traced_once(strategy):
     with strategy.scope():
         variables = make_variables()
-        optimizer = kb.BAGM()
+        optimizer = kb.BAGM(jit_compile=True)
         optimizer.build(variables)
     traces = count_traces(optimizer)
     for step, replicas in enumerate(replica_gradients(strategy, 4)[0]):

@@ -50,7 +50,8 @@ def train_all(optimizer, wrap):
 @each_class
 def test_two_calls_have_the_numbers_of_one(case, blocking):
     one, two = [
-        case.make(blocking=blocking, weight_decay=0.1) for _ in range(2)
+        case.make(blocking=blocking, weight_decay=0.1, jit_compile=True)
+        for _ in range(2)
     ]
     ends = train_all(one, eager), train_all(two, graph)
     assert indices_of_calls(one) == ALL
@@ -69,7 +70,7 @@ def test_two_calls_have_the_numbers_of_one(case, blocking):
     ids=lambda kwargs: next(iter(kwargs)),
 )
 def test_two_calls_with_the_options_of_keras(kwargs):
-    one, two = kb.BAGM(0.1, **kwargs), kb.BAGM(0.1, **kwargs)
+    one, two = [kb.BAGM(0.1, jit_compile=True, **kwargs) for _ in range(2)]
     assert_near(train_all(two, graph), train_all(one, eager))
     assert indices_of_calls(two) == BY_VARIABLE
 
@@ -114,7 +115,9 @@ def test_vectors_are_joined():
 def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
     """The three ways in turn: in a graph, the gradients are others."""
     shapes = dict(list(SHAPES.items())[:28])
-    plain, mixed = [case.make(blocking="output_unit") for _ in range(2)]
+    plain, mixed = [
+        case.make(blocking="output_unit", jit_compile=True) for _ in range(2)
+    ]
     ends = []
     for optimizer in (plain, mixed):
         variables = make_variables(shapes)
