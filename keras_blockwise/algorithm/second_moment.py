@@ -53,7 +53,8 @@ def largest_mean_of_squares() -> SecondMoment:
     ) -> tuple[Tensors, Tensor]:
         v, v_hat = statistics
         v = accumulate(v, means[0])
-        v_hat = ops.maximum(v_hat, v)
+        # With PyTorch, Keras computes the maximum of float64 in float32.
+        v_hat = ops.where(v_hat > v, v_hat, v)
         return (v, v_hat), v_hat
 
     return SecondMoment({"velocity": 0.0, "velocity_hat": 0.0}, squares, update)

@@ -31,6 +31,7 @@ from keras import ops
 from keras_blockwise.algorithm.accumulators import Accumulator
 from keras_blockwise.algorithm.blocks import block_mean
 from keras_blockwise.algorithm.blocks import join
+from keras_blockwise.algorithm.blocks import reshape
 from keras_blockwise.algorithm.momentum import Momentum
 from keras_blockwise.algorithm.momentum import Update
 from keras_blockwise.algorithm.second_moment import Root
@@ -149,7 +150,7 @@ def step(
             partial(averaged, rule, unit.dtype),
             unit.groups,
             unit_means,
-            unit.statistics,
+            tuple(reshape(v, unit_means[0].shape) for v in unit.statistics),
         )
         for unit, unit_means in zip(batch.accumulators, means)
     ]

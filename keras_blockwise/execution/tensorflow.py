@@ -104,7 +104,7 @@ class TensorFlowOptimizer(KerasHooks):
                 self.block_state.accumulator_keys_of(indices),
             )
         calls = self._compiled.calls[indices]
-        if not self._in_graph():
+        if not in_graph():
             return calls
         return [
             own[part] for own in calls for part in self._parts(indices, own)
@@ -179,7 +179,7 @@ class TensorFlowOptimizer(KerasHooks):
         kernels = kernels_on(devices)
         arguments: list[Tensor] = gradients
         unpack: Callable[[Sequence[Tensor]], list[Tensor]] = list
-        if self._in_graph():
+        if in_graph():
             arguments, unpack = kernels.pack(gradients)
         key = (*replica, len(arguments))
         if key not in self._compiled.functions:
@@ -283,14 +283,6 @@ class TensorFlowOptimizer(KerasHooks):
             steps[replica] += 1
         return steps[replica] > PLAIN_STEPS
 
-    @staticmethod
-    def _in_graph() -> bool:
-        """Whether a compiled update is a node of a graph that is not."""
-        return (
-            not tf.executing_eagerly()
-            and tf.__internal__.get_enclosing_xla_context() is None
-        )
-
 
 class StateDescription(tf.train.experimental.PythonState):
     """What a `tf.train.Checkpoint` says of the state of an optimizer.
@@ -347,6 +339,14 @@ def compile_update(update: Callable[..., None], arguments: Any) -> Any:
     with tf.init_scope():
         function = tf.function(update, jit_compile=True, autograph=False)
         return function.get_concrete_function(*specs)
+
+
+def in_graph() -> bool:
+    """Whether a compiled update is a node of a graph that is not."""
+    return (
+        not tf.executing_eagerly()
+        and tf.__internal__.get_enclosing_xla_context() is None
+    )
 
 
 def is_watched() -> bool:

@@ -5,6 +5,7 @@ A block is a label: `labels[k]` is an array of integers of the shape of variable
 one accumulator.
 """
 
+import keras
 import numpy as np
 
 
@@ -50,8 +51,9 @@ class Oracle:
         self.hyper = hyper
         self.t = 0
         size = 1 + max(label.max() for label in labels)
-        # Keras's initializers know such a number in float32 only.
-        initial = np.float32(hyper.pop("initial_accumulator_value", 0.0))
+        # With some backends, an initializer of Keras rounds it to float32.
+        initial = hyper.pop("initial_accumulator_value", 0.0)
+        initial = float(keras.initializers.Constant(initial)((), "float64"))
         self.velocity = np.full(size, initial, np.float64)
         self.velocity_hat = np.zeros(size)
         self.average_gradient = np.zeros(size)

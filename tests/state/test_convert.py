@@ -186,7 +186,7 @@ def test_from_one_blocking_to_another(name, nesting, coarser):
     kb.convert_state(source, target)
     assert_same(slots(target, "_momentum"), slots(source, "_momentum"))
     assert int(target.iterations) == 3
-    for statistic in target.rule().statistics:
+    for statistic in target.rule().second_moment.statistics:
         means = per_coordinate(source, statistic)
         if coarser:
             means = brute_force(means, target.partitions)
