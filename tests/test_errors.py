@@ -23,7 +23,9 @@ PACKAGE = Path(kb.__file__).parent
 # Whose errors have a test file of their own.
 ELSEWHERE = {
     "checks.py": "state/test_checks.py",
+    "config.py": "test_damaged_config.py",
     "convert.py": "state/test_convert.py",
+    "tensorflow.py": "state/test_loading.py",
 }
 SHAPES = {"q/kernel": (32, 30), "q/bias": (30,)}
 PATHS = r"q/kernel\n  q/bias"
@@ -234,6 +236,23 @@ def meanings(**weights):
 
 
 OTHERS = {
+    "argument of Keras": (
+        lambda: kb.BAG(clipnorm="1"),
+        ValueError,
+        "`clipnorm` must be a number or `None`. Received: clipnorm='1'",
+    ),
+    "schedule": (
+        lambda: kb.BAG.from_config(
+            {"learning_rate": {"class_name": "Missing", "config": {}}}
+        ),
+        ValueError,
+        "`learning_rate` must be a number or the config of a `LearningRateSch",
+    ),
+    "weights before build": (
+        lambda: kb.BAG().set_weights([]),
+        ValueError,
+        "must be built before its weights are set. Received: one that is not",
+    ),
     "partitions before build": (
         lambda: kb.BAG().partitions,
         ValueError,

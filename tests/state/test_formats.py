@@ -168,7 +168,9 @@ def test_keras_loads_no_state_from_h5(copy, make_optimizer, tmp_path):
     loaded = copy("model.h5")(model, tmp_path)
     assert_same(loaded.weights, model.weights)
     if make_optimizer is not make:
-        with pytest.raises(ValueError, match="Unknown variable"):
+        with pytest.raises(
+            ValueError, match="Unknown variable|with 0 variables"
+        ):
             loaded.train_on_batch(*DATA)
         return
     assert not loaded.optimizer.built
