@@ -216,6 +216,7 @@ HOOKS = {
     "_get_variable_index": ["variable"],
     "_overwrite_model_variables_with_average_value": ["trainable_variables"],
     "_overwrite_variable_with_gradient": ["variable"],
+    "_trackable_children": ["save_type", "kwargs"],
     "_update_model_variables_moving_average": ["trainable_variables"],
     "_use_weight_decay": ["variable"],
     "_var_key": ["variable"],
