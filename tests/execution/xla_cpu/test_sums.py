@@ -132,7 +132,7 @@ def test_only_large_variables_of_xla_on_a_cpu_have_partial_sums(monkeypatch):
     assert barriers(kb.BlockAdam(blocking="coordinate"), kernel) == 0
     assert barriers(kb.BlockAdam(), (SMALL // 16 - 1, 16)) == 0
     assert barriers(kb.BlockAdam(jit_compile=False), kernel) == 0
-    monkeypatch.setattr(tensorflow, "on_cpu", lambda variables: False)
+    monkeypatch.setattr(tensorflow, "FOR_CPU", tensorflow.PLAIN)
     assert barriers(kb.BlockAdam(), kernel) == 0
 
 
@@ -146,9 +146,6 @@ def test_only_large_variables_of_xla_on_a_cpu_have_partial_sums(monkeypatch):
         (["/device:CPU:0", "/device:GPU:0"], False),
     ],
 )
-def test_on_cpu(devices, expected):
-    class OnDevice:
-        def __init__(self, device):
-            self.device = device
-
-    assert tensorflow.on_cpu(map(OnDevice, devices)) == expected
+def test_where_the_tricks_are_taken(devices, expected):
+    kernels = tensorflow.kernels_on(set(devices))
+    assert (kernels is tensorflow.FOR_CPU) == expected
