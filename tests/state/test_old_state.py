@@ -35,7 +35,13 @@ def test_loads_and_goes_on(name, format):
     model = load(name, format)
     expected = EXPECTED[name]
     # The names, the order and the values, exactly.
-    assert make["describe"](model) == expected["state"]
+    # Those of Keras's counters are int32 with some backends.
+    integer = model.optimizer.variables[0].dtype
+    state = [
+        [path, integer if dtype == "int64" else dtype, value]
+        for path, dtype, value in expected["state"]
+    ]
+    assert make["describe"](model) == state
     losses = make["train"](model, 4)
     np.testing.assert_allclose(losses, expected["losses"], 1e-5)
     assert len(set(losses)) > 1
