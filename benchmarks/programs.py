@@ -18,19 +18,19 @@ import re
 import tempfile
 from pathlib import Path
 
+import tensorflow as tf
+
+import keras_blockwise as kb
+from benchmarks import models
+from benchmarks import report
+from benchmarks import timing
+
 DUMP = tempfile.mkdtemp()
+# XLA reads them when it compiles for the first time.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP} "
     "--xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*"
 )
-
-import tensorflow as tf  # noqa: E402
-
-import keras_blockwise as kb  # noqa: E402
-from benchmarks import models  # noqa: E402
-from benchmarks import report  # noqa: E402
-from benchmarks import timing  # noqa: E402
-
 OPTIMIZERS = ("BlockAdam", "AdamMini", "BAGM", "BAG", "BlockRMSprop")
 SCHEMES = ("variable", "output_unit", "layer")
 NAME = re.compile(r"%[\w.-]+")

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
 
 Tensor = Any
-BlockSum = Callable[[Tensor, Partition], Tensor]
 
 
 def block_mean(

@@ -100,7 +100,7 @@ class Kernels(Protocol):
         w: Tensor,
         partition: Partition,
     ) -> Tensors:
-        """The sums of `averaged(g)` over each block; `w` is of use for speed"""
+        """The sums of `averaged(g)` over each block; `w` helps to schedule."""
 
     def run(
         self, blocks: Sequence[BlockUpdate], entries: Sequence[EntryUpdate]
