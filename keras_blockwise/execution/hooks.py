@@ -194,7 +194,7 @@ class KerasHooks(keras.optimizers.Optimizer):
                 tuple(updates), list(updates.values()), learning_rate
             )
 
-    def _batch(self, indices: Sequence[int]) -> Written:
+    def _batch(self, indices: tuple[int, ...]) -> Written:
         """What a step of some variables writes."""
         state = self.block_state
 
@@ -210,8 +210,9 @@ class KerasHooks(keras.optimizers.Optimizer):
             return float(self.weight_decay)
 
         counters = [self._iterations, self.skipped_steps]
-        batch = state.batch(indices, weight_decay)
-        return batch, counters if self.skip_nonfinite else []
+        if indices not in state.batches:
+            state.batches[indices] = state.batch(indices, weight_decay)
+        return state.batches[indices], counters if self.skip_nonfinite else []
 
     def _update(
         self,

@@ -122,6 +122,8 @@ class Storage:
         # Of the numbers that all variables share in a step.
         computed_in = {slot.dtype for slot in slots if slot.name == "velocity"}
         self.widest_dtype = max(computed_in, default="float32")
+        # What `batch` returns for the positions that it was asked for.
+        self.batches: dict[tuple[int, ...], Batch] = {}
         self._houses = housed(slots)
         self._homes: dict[Slot, int] = {}
         self._starts: dict[Slot, int] = {}
