@@ -179,6 +179,23 @@ def test_nothing_is_too_long_to_read(module):
         assert lines_of(cls) <= 250, cls.name
 
 
+@by_module
+def test_no_function_is_unused(module):
+    here = module.removesuffix(".__init__")
+    elsewhere = set().union(*(attributes(m) for m in SOURCES))
+    used = {
+        node.id
+        for node in nodes(module, ast.Name)
+        if isinstance(node.ctx, ast.Load)
+    }
+    for node in SOURCES[module].body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            imported = f"keras_blockwise.{here}.{node.name}"
+            assert node.name in used | elsewhere or any(
+                imported in imported_names(m) for m in SOURCES
+            ), node.name
+
+
 def test_the_step_imports_no_optimizer_and_no_variable():
     names = imported_names("algorithm.step")
     assert {n for n in names if n.startswith("keras.")} == {"keras.ops"}

@@ -3,9 +3,7 @@
 Shapes in, shapes out: nothing here knows layers, names or tensors.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,11 +112,3 @@ class Partition:
                     extent *= factors.pop()[0]
                 factors.append((extent, inside))
         return factors
-
-
-def joined_blocks(partitions: Sequence[Partition]) -> np.ndarray:
-    """The number of the block of each coordinate of variables in a row."""
-    ends = itertools.accumulate(p.num_blocks for p in partitions)
-    return np.concatenate(
-        [p.blocks.ravel() + start for p, start in zip(partitions, [0, *ends])]
-    )
