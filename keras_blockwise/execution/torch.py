@@ -100,6 +100,11 @@ class StackedBatches:
         self.batches: dict[tuple[int, ...], StackedBatch] = {}
 
 
+def memory_of(variable: Variable) -> Tensor:
+    """What to write to; `value` takes long to ask, and may be a copy."""
+    return variable._value
+
+
 class Stack:
     """Variables of one shape, as one that has a further axis."""
 
@@ -107,7 +112,7 @@ class Stack:
         self.variables = variables
 
     def values(self) -> list[Tensor]:
-        return [variable.value for variable in self.variables]
+        return [memory_of(variable) for variable in self.variables]
 
     @property
     def value(self) -> Tensor:
@@ -142,7 +147,7 @@ class Slots:
         """Each slot, as a view of the variable where it is kept."""
         values: list[Tensor] = []
         for variable, own in self.cuts:
-            values += variable.value.view(-1).split(own)[1::2]
+            values += memory_of(variable).view(-1).split(own)[1::2]
         return values
 
     @property
