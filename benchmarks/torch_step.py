@@ -5,13 +5,15 @@
 Keras's own optimizers update all variables in calls of `torch._foreach`.
 """
 
+import argparse
 from collections.abc import Callable
 
 import keras
+from rich.console import Console
+from rich.table import Table
 
 import keras_blockwise as kb
 from benchmarks import models
-from benchmarks import report
 from benchmarks import timing
 
 # Layers of one size, with biases or without.
@@ -44,36 +46,33 @@ def make_step(
 
 
 def main() -> None:
-    parser = report.make_parser(__doc__ or "", rounds=30)
-    report.add_list(parser, "--models", list(MODELS), ["small", "large"])
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", default="small,large")
+    parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    results = []
+    table = Table(title=f"A step with {keras.backend.backend()}")
+    for column in ("variables", "optimizer", "ms", "±", f"of {ADAM}"):
+        table.add_column(column)
     with timing.progress_bar() as progress:
-        for model in args.models:
-            times = timing.interleave_steps(
-                {
-                    name: make_step(MODELS[model], make)
-                    for name, make in OPTIMIZERS.items()
-                },
-                args.rounds,
-                progress,
-                model,
-            )
-            results.append({"model": model, "seconds": times})
-    rows = [
-        (
-            f"{result['model']}, {name}",
-            f"{1e3 * seconds:.2f}",
-            timing.spread(result["seconds"][name]),
-            f"{seconds / medians[ADAM]:.2f}",
-        )
-        for result in results
-        for medians in [timing.medians(result["seconds"])]
-        for name, seconds in medians.items()
-    ]
-    columns = ("variables, optimizer", "ms", "±", f"/ {ADAM}")
-    title = f"A step with the backend {keras.backend.backend()}"
-    report.console.print(report.make_table(title, columns, rows))
+        for model in args.models.split(","):
+            steps = {
+                name: make_step(MODELS[model], make)
+                for name, make in OPTIMIZERS.items()
+            }
+            times = timing.interleave_steps(steps, args.rounds, progress, model)
+            medians = timing.medians(times)
+            for name, seconds in medians.items():
+                table.add_row(
+                    model,
+                    name,
+                    f"{1e3 * seconds:.2f}",
+                    timing.spread(times[name]),
+                    f"{seconds / medians[ADAM]:.2f}",
+                )
+    Console().print(table)
 
 
 if __name__ == "__main__":
