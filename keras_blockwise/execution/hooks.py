@@ -207,19 +207,13 @@ class KerasHooks(keras.optimizers.Optimizer):
             return 0.0
         return float(self.weight_decay)
 
-    @property
-    def _counters(self) -> list[Variable]:
-        """What counts the steps that are not taken, if anything does."""
-        if self.skip_nonfinite:
-            return [self._iterations, self.skipped_steps]
-        return []
-
     def _batch(self, indices: tuple[int, ...]) -> Written:
         """What a step of some variables writes."""
         state = self.block_state
+        counters = [self._iterations, self.skipped_steps]
         if indices not in state.batches:
             state.batches[indices] = state.batch(indices, self._weight_decay_of)
-        return state.batches[indices], self._counters
+        return state.batches[indices], counters if self.skip_nonfinite else []
 
     def _update(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 from typing import NamedTuple
 
 import torch
+from keras import ops
 
 from keras_blockwise.algorithm.units import Accumulators
 from keras_blockwise.algorithm.units import Batch
@@ -63,11 +64,12 @@ class TorchOptimizer(PlainOptimizer):
                     *(torch.stack([of_variable[i] for i in s]) for s in stacks),
                 ],
                 learning_rate,
-                self._iterations.value,
+                ops.convert_to_tensor(self.iterations),
                 self.kernels,
                 lambda variable: variable.value,
             )
-            self._count(self._counters, taken)
+            counters = [self._iterations, self.skipped_steps]
+            self._count(counters if self.skip_nonfinite else [], taken)
 
     def _is_stateless(self) -> bool:
         """Whether Keras records what is assigned, and assigns nothing."""
