@@ -5,6 +5,7 @@ In a graph on a CPU it may be two, the second for the first few variables.
 
 import collections
 import contextlib
+import inspect
 import platform
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -275,7 +276,7 @@ class TensorFlowOptimizer(KerasHooks):
         if metal and tf.config.list_physical_devices("GPU"):
             return False
         if not tf.executing_eagerly():
-            return not is_watched()
+            return not (is_watched() or is_exported())
         steps = self._compiled.steps
         if steps[replica] < PLAIN_STEPS:
             steps[replica] += 1
@@ -354,6 +355,24 @@ def is_watched() -> bool:
     with tf.Graph().as_default() as graph:
         tf.constant(0.0)
     return len(graph.get_operations()) > 1
+
+
+def is_exported() -> bool:
+    """Whether a graph is traced for a file: for specifications, not a call.
+
+    A file is read where the operations that only XLA has may not exist, as in
+    TFLite. TensorFlow tells a function neither, so this asks who calls.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_get_concrete_function_garbage_collected":
+            given = frame.f_locals["args"], frame.f_locals["kwargs"]
+            arguments = tf.nest.flatten(given)
+            return not arguments or any(
+                isinstance(argument, tf.TypeSpec) for argument in arguments
+            )
+        frame = frame.f_back
+    return False
 
 
 def native(variable: Variable) -> Any:
