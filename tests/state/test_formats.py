@@ -84,9 +84,14 @@ def weights(name, **kwargs):
 
 
 def sharded(model, folder):
-    loaded = weights("model.weights.json", max_shard_size=1e-6)(model, folder)
-    config = json.loads((folder / "model.weights.json").read_text())
-    assert len(set(map(str, config["weight_map"].values()))) > 1
+    path = folder / "model.weights.json"
+    model.save_weights(path, max_shard_size=1e-6)
+    files = json.loads(path.read_text())["weight_map"].values()
+    assert len(set(map(str, files))) > 1
+    if all(isinstance(names, str) for names in files):
+        pytest.skip("this Keras loads the first shard of an optimizer alone")
+    loaded = other(model)
+    loaded.load_weights(path)
     return loaded
 
 
@@ -169,8 +174,10 @@ def test_keras_loads_no_state_from_h5(copy, make_optimizer, tmp_path):
     loaded = copy("model.h5")(model, tmp_path)
     assert_same(loaded.weights, model.weights)
     if make_optimizer is not make:
+        # Older versions of Keras fail to print the variable.
         with pytest.raises(
-            ValueError, match="Unknown variable|with 0 variables"
+            (ValueError, NotImplementedError),
+            match=r"Unknown variable|with 0 variables|numpy\(\)",
         ):
             loaded.train_on_batch(*DATA)
         return
