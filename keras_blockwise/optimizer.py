@@ -82,12 +82,7 @@ class BlockwiseOptimizer(Execution):
         skip_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
-        if type(self).update_step is not BlockwiseOptimizer.update_step:
-            raise TypeError(
-                f"{type(self).__name__} must not have `update_step`, which is "
-                "never called: all variables are updated together. Override "
-                "`rule`, or `apply` to change the gradients."
-            )
+        check_methods(type(self))
         check_choice("skip_nonfinite", skip_nonfinite, (True, False))
         check_choice("jit_compile", jit_compile, (True, False, "auto"))
         check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
@@ -273,6 +268,25 @@ class BlockwiseOptimizer(Execution):
             with saving.no_obstacle(self):
                 raise ValueError(NO_STATE_IN_H5)
         super().set_weights(weights)
+
+
+def check_methods(cls: Any) -> None:
+    """Raises an error if a subclass has a method that nobody would call."""
+    if cls.update_step is not BlockwiseOptimizer.update_step:
+        raise TypeError(
+            f"{cls.__name__} must not have `update_step`, which is never "
+            "called: all variables are updated together. Override `rule`, or "
+            "`apply` to change the gradients."
+        )
+    if hasattr(cls, "get_gradients"):
+        raise TypeError(
+            f"{cls.__name__} must not have `get_gradients`, by which Keras 2 "
+            "lets Horovod's `DistributedOptimizer` average the gradients, and "
+            "which Keras 3 never calls: each worker would train alone. Take "
+            f"the {cls.__name__} that is not wrapped, and average by "
+            "`hvd.DistributedGradientTape` or "
+            "`tf.distribute.MultiWorkerMirroredStrategy`."
+        )
 
 
 def fixed_arguments(cls: type) -> frozenset[str]:

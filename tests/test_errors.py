@@ -343,6 +343,15 @@ OTHERS = {
         TypeError,
         "Mine must not have `update_step`.*Override `rule`, or `apply`",
     ),
+    "Horovod": (
+        # It makes a subclass of the same name, and the optimizer anew.
+        lambda: type(
+            "BAG", (kb.BAG,), {"get_gradients": lambda self, loss, params: None}
+        ).from_config(kb.BAG().get_config()),
+        TypeError,
+        "BAG must not have `get_gradients`.*Horovod's.*each worker would train "
+        "alone.*average by `hvd.DistributedGradientTape`",
+    ),
     "update_step": (
         lambda: kb.BAG().update_step(1.0, *make_variables({"a/bias": ()}), 0.1),
         TypeError,

@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import re
+from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import keras
 import pytest
 
 import keras_blockwise as kb
+from helpers import processes
 
 ROOT = Path(kb.__file__).parent
 PATHS = {
@@ -307,3 +310,16 @@ def test_all_is_sorted_and_complete():
     imported = {name.rpartition(".")[2] for name in imported_names("__init__")}
     assert set(kb.__all__) == imported
     assert len(kb.__all__) == len(imported)
+
+
+def test_the_lower_bounds_are_the_oldest_versions_that_are_tested():
+    setup = ConfigParser()
+    setup.read(processes.ROOT / "setup.cfg")
+    required = setup["options"]["install_requires"]
+    required += setup["options.extras_require"]["tensorflow"]
+    bounds = re.findall(r"^(\S+)>=(\S+)$", required, re.M)
+    oldest = (processes.ROOT / ".ci" / "oldest.txt").read_text()
+    tested = dict(re.findall(r"^(\S+)==(\S+)$", oldest, re.M))
+    assert {"keras", "numpy", "rich", "tensorflow"} == set(dict(bounds))
+    for name, version in bounds:
+        assert f"{tested[name]}.".startswith(f"{version}.")

@@ -41,9 +41,14 @@ class TensorFlowOptimizer(KerasHooks):
     """Keras's hooks on TensorFlow."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_strategy(type(self).__name__)
         super().__init__(*args, **kwargs)
         self._compiled = CompiledUpdates()
         self._state_description = StateDescription(self)
+
+    def build(self, variables: Any) -> None:
+        check_strategy(type(self).__name__)
+        super().build(variables)
 
     def _backend_apply_gradients(
         self, grads: Any, trainable_variables: Any
@@ -308,6 +313,18 @@ class StateDescription(tf.train.experimental.PythonState):
         )
         if not self.optimizer.built:
             self.optimizer.restored_layout = received
+
+
+def check_strategy(name: str) -> None:
+    """Raises an error where the variables of a model are on many servers."""
+    strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        raise ValueError(
+            f"{name} must not be made or built under "
+            "`ParameterServerStrategy`: it updates all variables together, and "
+            f"servers would update each by itself. Received: {strategy!r}. "
+            "Take `tf.distribute.MultiWorkerMirroredStrategy`."
+        )
 
 
 def restored_at(trackable: Any) -> int:
