@@ -60,7 +60,12 @@ def named_results(optimizer, variables, gradients=None, wrap=graph):
     gradients = gradients or make_gradients(STEPS)
     values = train(optimizer, variables, gradients, wrap)
     names = [variable.path for variable in variables]
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    product = getattr(inner, "_u_product", None)  # Of Keras's Nadam.
     for i, variable in enumerate(optimizer.variables):
+        if variable is product:
+            del values[len(names)]
+            continue
         # Our velocity is Adagrad's accumulator.
         name = variable.name.replace("_accumulator", "_velocity")
         names.append(f"{i}/{name}" if name in names else name)
@@ -77,6 +82,9 @@ def assert_equal(optimizers, dtype="float64", constraint=None, **kwargs):
     ours, theirs = results
     assert ours.keys() == theirs.keys()
     tolerance = TOLERANCES[dtype]
+    inner = getattr(optimizers[1], "inner_optimizer", optimizers[1])
+    if isinstance(inner, keras.optimizers.Nadam):
+        tolerance = TOLERANCES["float32"]  # Its 0.96 is of float32.
     for name, value in theirs.items():
         scale = max(1.0, np.abs(value).max())
         assert_close([ours[name]], [value], tolerance, tolerance * scale)
@@ -270,6 +278,7 @@ NON_DEFAULT = {
     "initial_accumulator_value": 0.5,
     "jit_compile": False,
     "learning_rate": 0.125,
+    "learning_rate_multipliers": {"a/kernel": 0.5, ".*/bias": 0.0},
     "loss_scale_factor": 8.0,
     "momentum": 0.25,
     "momentum_dtype": "bfloat16",

@@ -33,6 +33,7 @@ SHAPES = {
 SOURCES = {
     "adam": lambda **kwargs: Adam(0.01, **kwargs),
     "adamw": lambda **kwargs: keras.optimizers.AdamW(0.01, **kwargs),
+    "nadam": lambda **kwargs: keras.optimizers.Nadam(0.01, **kwargs),
     "amsgrad": lambda **kwargs: Adam(0.01, amsgrad=True, **kwargs),
 }
 
@@ -119,6 +120,8 @@ def test_coordinate_blocks_go_on_as_adam(kind):
     target = block_adam(
         "coordinate", amsgrad=kind == "amsgrad", weight_decay=decay
     )
+    if kind == "nadam":
+        target = kb.BlockNadam(0.01, blocking="coordinate", jit_compile=False)
     kb.convert_state(source, built(target, twins))
     for gradients in make_gradients(5, SHAPES, seed=2):
         source.apply(tensors(gradients))

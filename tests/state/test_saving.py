@@ -408,6 +408,7 @@ ORDER = {
         KERAS + of_each("momentum", "velocity", "velocity_hat"),
     ),
     "AdamMini": (kb.AdamMini(), KERAS + of_each("momentum", "velocity")),
+    "BlockNadam": (kb.BlockNadam(), KERAS + of_each("momentum", "velocity")),
     "BAGM": (kb.BAGM(), KERAS + of_each("momentum", "velocity")),
     "BAGM-none": (kb.BAGM(momentum=0.0), KERAS + of_each("velocity")),
     "BAG": (kb.BAG(), KERAS + of_each("velocity")),
