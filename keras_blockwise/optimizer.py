@@ -200,26 +200,13 @@ class BlockwiseOptimizer(Execution):
             if variables:  # Keras gives none when it loads an `.h5` file.
                 super().build(variables)
                 if given is not None:
-                    self._add_multipliers(given)
+                    self._given = given
+                    self._multipliers = add_multipliers(self, given.values())
             self._storage = Storage(
                 self.rule(), variables, rows, slots, self.add_slot
             )
         if self.built:
             self._fixed = fixed_arguments(type(self))
-
-    def _add_multipliers(self, given: Multipliers) -> None:
-        values = given.values()
-        # Not assigned: in a graph, that would be done anew in each step.
-        self._multipliers = self.add_variable(
-            shape=(len(values),),
-            initializer=lambda shape, dtype: ops.convert_to_tensor(
-                values, dtype
-            ),
-            dtype="float32",
-            aggregation="only_first_replica",
-            name="learning_rate_multipliers",
-        )
-        self._given = given
 
     def plan(
         self, variables: Sequence[Variable]
@@ -339,6 +326,20 @@ class BlockwiseOptimizer(Execution):
             with saving.no_obstacle(self):
                 raise ValueError(NO_STATE_IN_H5)
         super().set_weights(weights)
+
+
+def add_multipliers(
+    optimizer: BlockwiseOptimizer, values: Sequence[float]
+) -> Variable:
+    """A variable of the optimizer with a number for each of its variables."""
+    # Not assigned: in a graph, that would be done anew in each step.
+    return optimizer.add_variable(
+        shape=(len(values),),
+        initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
+        dtype="float32",
+        aggregation="only_first_replica",
+        name="learning_rate_multipliers",
+    )
 
 
 def deserialized(schedule: Mapping[str, Any], custom_objects: Any) -> Any:

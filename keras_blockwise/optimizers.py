@@ -53,9 +53,9 @@ class BlockAdam(BlockwiseOptimizer):
             XLA. Defaults to `"auto"`: wherever the device can.
         **kwargs: `skip_nonfinite`, `learning_rate_multipliers`, and the other
             arguments of `keras.optimizers.Optimizer`: `weight_decay`,
-            `clipnorm`, `use_ema`, ... With `skip_nonfinite=True`, a step whose gradient
-            has an infinity or a NaN (or is too large to be squared) changes
-            neither weights nor state, and adds one to
+            `clipnorm`, `use_ema`, ... With `skip_nonfinite=True`, a step whose
+            gradient has an infinity or a NaN (or is too large to be squared)
+            changes neither weights nor state, and adds one to
             `optimizer.skipped_steps`, a variable that is saved.
             `learning_rate_multipliers` maps the path of a variable, or a
             regular expression that matches the whole path, to a factor >= 0 of

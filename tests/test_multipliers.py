@@ -14,10 +14,14 @@ from helpers.cases import make_variables
 from helpers.cases import tensors
 from helpers.models import mlp
 from helpers.saving import own_variables
+from helpers.tensorflow import scope_of
 from helpers.tensorflow import strategy_of
 from helpers.training import built
 from helpers.training import graph
 from helpers.training import train
+
+# Whatever the axes of these weights are taken for is as good as any other.
+pytestmark = pytest.mark.filterwarnings("ignore:Names and shapes")
 
 L = keras.layers
 SHAPES = {"a/kernel": (3, 4), "a/bias": (4,), "b/kernel": (4, 2)}
@@ -95,7 +99,7 @@ def test_set_between_steps_without_a_new_trace(jit_compile):
         step(tensors(given))
         other.learning_rate = 0.25 * factor
         other.apply(tensors(given))
-    assert_close(to_numpy(variables), to_numpy(expected), 1e-6)
+    assert_close(to_numpy(variables), to_numpy(expected), 1e-6, 1e-6)
     if keras.backend.backend() == "tensorflow":
         assert len(traces) == 1
 
@@ -127,11 +131,10 @@ def test_loaded_model_has_other_paths(tmp_path):
     model.train_on_batch(np.ones((2, 3)), np.ones((2, 1)))
     model.save(tmp_path / "model.keras")
     config = model.optimizer.get_config()
-    optimizer = kb.BAGM.from_config(config)
     other = keras.Sequential([keras.Input((3,)), L.Dense(4), L.Dense(1)])
     assert other.layers[0].kernel.path != kernel
     for optimizer in (
-        built(optimizer, other.trainable_variables),
+        built(kb.BAGM.from_config(config), other.trainable_variables),
         keras.models.load_model(tmp_path / "model.keras").optimizer,
     ):
         assert values_of(optimizer) == [0.5, 1.0, 1.0, 1.0]
@@ -142,10 +145,9 @@ def test_loaded_model_has_other_paths(tmp_path):
 
 @pytest.mark.tensorflow
 def test_replicas_have_the_same_factors():
-    strategy = strategy_of("mirrored")
     results = []
-    for scope in (strategy.scope(), keras.name_scope("one")):
-        with scope:
+    for strategy in (strategy_of("replicas"), None):
+        with scope_of(strategy):
             keras.utils.set_random_seed(0)
             model = keras.Sequential(
                 [keras.Input((3,)), L.Dense(4), L.Dense(2)]

@@ -256,6 +256,22 @@ def test_bagm_of_signs_is_sgd(momentum, nesterov, accumulator, scheme):
         np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-13)
 
 
+@pytest.mark.parametrize("wrap", [eager, graph])
+@pytest.mark.parametrize(
+    "momentum, nesterov", [(0.875, True), (0.875, False), (0.0, False)]
+)
+def test_without_blocks_bagm_is_sgd(momentum, nesterov, wrap):
+    options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": 0.5}
+    rate = keras.optimizers.schedules.ExponentialDecay(0.5, 3, 0.5)
+    optimizer = kb.BAGM(rate, blocking="none", jit_compile=False, **options)
+    ours, theirs = (
+        named_results(optimizer, make_variables(dtype="float64"), wrap=wrap)
+        for optimizer in (optimizer, keras.optimizers.SGD(rate, **options))
+    )
+    for path in SHAPES:
+        np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-15)
+
+
 # Arguments and configs.
 
 BLOCKING = kb.Blocking("layer", {"a/kernel": (None, 1), ".*/b": "model"})

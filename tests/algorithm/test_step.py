@@ -531,6 +531,7 @@ def test_multipliers(case):
     )
 
 
+@pytest.mark.filterwarnings("ignore:Names and shapes allow more than one")
 @pytest.mark.parametrize("scheme", ["coordinate", "output_unit", "none"])
 def test_multipliers_compiled(scheme):
     check_truth(
