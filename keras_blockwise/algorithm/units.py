@@ -45,6 +45,7 @@ class Accumulators(NamedTuple):
             `beta_2` of 0.999 is 1.
         groups: What each is an accumulator of.
         statistics: The statistics of all of them, in the order of the rule.
+            None for a variable without blocks, whose second moment is 1.
     """
 
     dtype: str
@@ -57,6 +58,8 @@ class Weights(NamedTuple):
 
     Args:
         dtype: As in `Accumulators`.
+        variable_of: The number of the variable, among all of the optimizer; of
+            each entry if there are several.
         positions: Where their gradients are in the list of gradients.
         partitions: Their blocks.
         weight_decay: Their decoupled weight decay, of each entry if it differs.
@@ -65,6 +68,7 @@ class Weights(NamedTuple):
     """
 
     dtype: str
+    variable_of: int | np.ndarray
     positions: tuple[int, ...]
     partitions: tuple[Partition, ...]
     weight_decay: float | np.ndarray

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from keras import ops
 
 from keras_blockwise.algorithm.units import Accumulators
 from keras_blockwise.algorithm.units import Batch
@@ -21,6 +21,7 @@ from keras_blockwise.algorithm.units import Group
 from keras_blockwise.algorithm.units import Weights
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
+from keras_blockwise.execution.hooks import scalars_of
 from keras_blockwise.execution.plain import PlainOptimizer
 from keras_blockwise.state.storage import Part
 from keras_blockwise.state.storage import Storage
@@ -63,8 +64,7 @@ class TorchOptimizer(PlainOptimizer):
                     *(of_variable[i] for i in others),
                     *(torch.stack([of_variable[i] for i in s]) for s in stacks),
                 ],
-                learning_rate,
-                ops.convert_to_tensor(self.iterations),
+                scalars_of(self, learning_rate),
                 self.kernels,
                 lambda variable: variable.value,
             )
@@ -178,23 +178,30 @@ def cuts(part: Part, sizes: Sequence[int]) -> list[int]:
     return [*found, count - end]
 
 
-def stacked(batch: Batch, position: int) -> tuple[Accumulators, Weights]:
+def stacked(
+    batch: Batch, own: Sequence[int], position: int
+) -> tuple[Accumulators, Weights]:
     """Variables that differ in their values alone, as one.
 
     Args:
         batch: The variables, in the order of the optimizer.
+        own: Their positions in the optimizer.
         position: That of their gradient.
     """
     accumulators, weights = batch.accumulators[0], batch.weights[0]
     variables = [v for unit in batch.weights for v in unit.variables]
     partition = weights.partitions[0]
     shape = (len(variables), *partition.shape)
-    stack = Partition(shape, (1, *partition.block_shape))
+    block_shape = partition.block_shape
+    if block_shape is not None:
+        block_shape = (1, *block_shape)
+    stack = Partition(shape, block_shape)
+    numbers = np.reshape(own, (-1, *(1 for _ in partition.shape)))
 
-    def slots(parts: Sequence[Part], units: Sequence[Any], own: Shape) -> Part:
+    def slots(parts: Sequence[Part], units: Sequence[Any], of: Shape) -> Part:
         counts = [len(unit) for unit in units]
-        sizes = [[math.prod(own[1:])] * count for count in counts]
-        return Part(Slots(parts, sizes, own))
+        sizes = [[math.prod(of[1:])] * count for count in counts]
+        return Part(Slots(parts, sizes, of))
 
     groups = [unit.groups for unit in batch.accumulators]
     statistics = zip(*(unit.statistics for unit in batch.accumulators))
@@ -202,12 +209,13 @@ def stacked(batch: Batch, position: int) -> tuple[Accumulators, Weights]:
     momentum = zip(*(unit.momentum for unit in batch.weights))
     return accumulators._replace(
         groups=(Group((position,), (stack,)),),
-        statistics=tuple(slots(own, groups, stack.grid) for own in statistics),
+        statistics=tuple(slots(s, groups, stack.grid) for s in statistics),
     ), weights._replace(
+        variable_of=np.broadcast_to(numbers, shape),
         positions=(position,),
         partitions=(stack,),
         variables=(Stack(variables),),
-        momentum=tuple(slots(own, members, shape) for own in momentum),
+        momentum=tuple(slots(m, members, shape) for m in momentum),
     )
 
 
@@ -244,7 +252,11 @@ def stack_alike(
     for i in sorted(indices):
         variable, partition = state.variables[i], state.partitions[i]
         key: Any = i
-        if partition.group is None and math.prod(partition.shape) <= LARGEST:
+        if (
+            partition is not None
+            and partition.group is None
+            and math.prod(partition.shape) <= LARGEST
+        ):
             device = variable.value.device
             key = partition, variable.dtype, device, weight_decay(i)
         alike.setdefault(key, []).append(i)
@@ -252,7 +264,7 @@ def stack_alike(
     stacks = [own for own in alike.values() if len(own) > 1]
     accumulators, weights = unstacked(state.batch(others, weight_decay))
     for position, own in enumerate(stacks, len(others)):
-        unit = stacked(state.batch(own, weight_decay), position)
+        unit = stacked(state.batch(own, weight_decay), own, position)
         accumulators.append(unit[0])
         weights.append(unit[1])
     return StackedBatch(Batch(accumulators, weights), others, stacks)
