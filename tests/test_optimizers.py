@@ -262,7 +262,7 @@ def test_bagm_of_signs_is_sgd(momentum, nesterov, accumulator, scheme):
 )
 def test_without_blocks_bagm_is_sgd(momentum, nesterov, wrap):
     options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": 0.5}
-    rate = keras.optimizers.schedules.ExponentialDecay(0.5, 3, 0.5)
+    rate = OPTIONS["schedule"]["learning_rate"]
     optimizer = kb.BAGM(rate, blocking="none", jit_compile=False, **options)
     ours, theirs = (
         named_results(optimizer, make_variables(dtype="float64"), wrap=wrap)
