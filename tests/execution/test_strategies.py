@@ -148,7 +148,7 @@ def count_assignments(graph, functions=None):
 
 
 def test_each_replica_calls_a_compiled_update():
-    graph = concrete_step(kb.BlockAdam)
+    graph = concrete_step(lambda: kb.BlockAdam(jit_compile=True))
     calls = compiled_calls(graph)
     devices = [tf.DeviceSpec.from_string(call.device) for call in calls]
     assert {device.device_index for device in devices} == {0, 1}

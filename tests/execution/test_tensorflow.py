@@ -107,7 +107,7 @@ def test_one_trace_per_set_of_gradients():
 
 def test_fit_traces_once():
     model = make_normalized()
-    optimizer = kb.BAGM(LEARNING_RATES["schedule"])
+    optimizer = kb.BAGM(LEARNING_RATES["schedule"], jit_compile=True)
     traces = count_traces(optimizer)
     model.compile(optimizer, loss="mse", jit_compile=False)
     model.fit(*DATA, batch_size=8, epochs=3, verbose=0)
@@ -171,9 +171,14 @@ def test_each_set_of_gradients_is_counted_by_itself():
 
 
 @pytest.mark.parametrize(
-    "jit_compile, expected", [(True, 1), ("auto", 1), (False, 0)]
+    "jit_compile, large, expected",
+    [(True, 100, 1), ("auto", 100, 0), ("auto", 1, 1), (False, 1, 0)],
 )
-def test_the_update_in_a_function_is_compiled_by_xla(jit_compile, expected):
+def test_the_update_in_a_function_is_compiled_by_xla(
+    jit_compile, large, expected, monkeypatch
+):
+    """By default if the variables are large, on average."""
+    monkeypatch.setattr(execution, "LARGE", large)
     optimizer = kb.BAGM(jit_compile=jit_compile)
     optimizer.build(make_variables())
     apply = tf.function(optimizer.apply, autograph=False)

@@ -286,7 +286,7 @@ def test_loops_share_no_memory(short_rows):
 def test_a_step_under_a_strategy_is_cut_on_each_replica(short_rows):
     strategy = two_replicas()
     with strategy.scope():
-        optimizer = BAGM(0.1, blocking="variable")
+        optimizer = BAGM(0.1, blocking="variable", jit_compile=True)
         variables = make_variables(SHAPES)
         optimizer.build(variables)
     (replicas,), sums = replica_gradients(strategy, 1, SHAPES)
