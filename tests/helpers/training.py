@@ -12,6 +12,9 @@ def eager(optimizer):
     scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if scales and keras.backend.backend() == "jax":
         return graph(optimizer)  # Keras's own cannot be run otherwise.
+    if scales:  # Older versions of Keras do nothing without the variables.
+        variables = optimizer.inner_optimizer._trainable_variables
+        return lambda gradients: optimizer.apply(gradients, variables)
     return optimizer.apply
 
 
@@ -22,9 +25,9 @@ def graph(optimizer):
     `apply` itself with PyTorch.
     """
     if keras.backend.backend() == "tensorflow":
-        return tf.function(optimizer.apply, autograph=False)
+        return tf.function(eager(optimizer), autograph=False)
     if keras.backend.backend() != "jax":
-        return optimizer.apply
+        return eager(optimizer)
     import jax
 
     step = jax.jit(optimizer.stateless_apply)
