@@ -5,6 +5,7 @@ from keras_blockwise.blocking.layer_axes import register_layer_axes
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
+from keras_blockwise.optimizers import SPAM
 from keras_blockwise.optimizers import AdamMini
 from keras_blockwise.optimizers import BlockAdam
 from keras_blockwise.optimizers import BlockRMSprop
@@ -22,6 +23,7 @@ __all__ = [
     "BlockRMSprop",
     "Blocking",
     "Partition",
+    "SPAM",
     "all_or_nothing",
     "convert_state",
     "register_layer_axes",
