@@ -38,6 +38,8 @@ FRACTIONS = [
     (kb.BlockAdam, "beta_2"),
     (kb.AdamMini, "beta_1"),
     (kb.AdamMini, "beta_2"),
+    (kb.BlockNadam, "beta_1"),
+    (kb.BlockNadam, "beta_2"),
     (kb.BAGM, "momentum"),
     (kb.BAGM, "beta_2"),
     (kb.BlockRMSprop, "rho"),
@@ -48,6 +50,7 @@ FRACTIONS = [
 NON_NEGATIVE = [
     (kb.BlockAdam, "epsilon"),
     (kb.AdamMini, "epsilon"),
+    (kb.BlockNadam, "epsilon"),
     (kb.BAGM, "epsilon"),
     (kb.BAGM, "power"),
     (kb.BAG, "epsilon"),

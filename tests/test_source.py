@@ -141,10 +141,14 @@ IMPORTS = {
     "algorithm": {"blocking.partition"},
     "state": {"algorithm", "blocking"},
     "execution": {"algorithm", "blocking.partition", "state"},
-    "optimizer": {"algorithm", "blocking", "execution", "state", "validation"},
+    "multipliers": {"blocking", "validation"},
+    "optimizer": {
+        *("algorithm", "blocking", "execution"),
+        *("multipliers", "state", "validation"),
+    },
     "optimizers": {"algorithm", "blocking", "optimizer", "validation"},
     "summary": {"blocking", "optimizer", "state"},
-    "__init__": {"blocking", "optimizers", "state", "summary"},
+    "__init__": {"blocking", "multipliers", "optimizers", "state", "summary"},
 }
 
 

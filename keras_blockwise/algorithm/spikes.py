@@ -55,6 +55,8 @@ def cut_spikes(
     """
     new = list(gradients)
     for unit in units:
+        if not unit.statistics:  # No blocks to compare with.
+            continue
         limits = by_position(
             unit.groups, limit(time(unit.dtype), unit.statistics[0])
         )

@@ -10,14 +10,16 @@ mean over a block:
     m, x = momentum(m, g); direction = step_size * x  or of g itself
     w <- w - learning_rate * weight_decay * w - direction
 
-`v` and `step_size` are numbers of a block, `m` and `w` of an entry. The forms
-of `v` and `root` are in `second_moment`, those of the coefficients in
-`accumulators` and `momentum`; what may be cut off from g first, in `spikes`.
-Blockwise adaptivity: Zheng & Kwok 2019,
-arXiv:1905.09899.
+Multipliers are factors of the learning rate of single variables, wherever it
+stands. `v` and `step_size` are numbers of a block, `m` and `w` of an entry.
+Without blocks, `step_size = learning_rate`. The forms of `v` and `root` are in
+`second_moment`, those of the coefficients in `accumulators` and `momentum`;
+what may be cut off from g first, in `spikes`. Blockwise adaptivity: Zheng &
+Kwok 2019, arXiv:1905.09899.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ from keras_blockwise.algorithm.spikes import cut_spikes
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.algorithm.units import BlockUpdate
 from keras_blockwise.algorithm.units import EntryUpdate
+from keras_blockwise.algorithm.units import Weights
 from keras_blockwise.blocking.partition import Partition
 
 Tensor = Any
@@ -120,6 +123,7 @@ def step(
     iterations: Tensor,
     kernels: Kernels,
     skip_nonfinite: bool = False,
+    multipliers: Tensor | None = None,
 ) -> tuple[Sequence[Tensors], Any, Tensor]:
     """One step of some variables.
 
@@ -132,6 +136,8 @@ def step(
         kernels: How to compute sums and updates.
         skip_nonfinite: Whether to leave out a step if a gradient has an
             infinity or a NaN, or is too large to be squared.
+        multipliers: A factor of the learning rate for each variable of the
+            optimizer; `None` for 1.
 
     Returns:
         The new statistics of each of `batch.accumulators`, the new weights and
@@ -145,7 +151,7 @@ def step(
     if rule.limit:  # It makes an infinity finite.
         checked = list(gradients)
         gradients = cut_spikes(rule.limit, time, batch.accumulators, gradients)
-    means = block_means(rule, batch, gradients, kernels)
+    means = block_means(rule, batch, gradients, kernels, skip_nonfinite)
     taken = True
     if skip_nonfinite:
         checked += [s for s, *_ in means]
@@ -169,7 +175,13 @@ def step(
     ]
     entries = [
         EntryUpdate(
-            partial(entry_step, rule, at(unit.dtype), unit.weight_decay),
+            partial(
+                entry_step,
+                rule,
+                at(unit.dtype),
+                unit.weight_decay,
+                multiplier_of(unit, multipliers),
+            ),
             unit.dtype,
             unit.positions,
             unit.partitions,
@@ -182,18 +194,39 @@ def step(
     return *kernels.run(blocks, entries), taken
 
 
+def multiplier_of(unit: Weights, multipliers: Tensor | None) -> Tensor | None:
+    """Factor of the learning rate of a unit, of each entry if it has several.
+
+    Variables that share an accumulator may differ in it.
+    """
+    if multipliers is None:
+        return None
+    multipliers = ops.cast(multipliers, unit.dtype)
+    if len(unit.indices) == 1:
+        return multipliers[unit.indices[0]]
+    sizes = [math.prod(p.shape) for p in unit.partitions]
+    return ops.take(multipliers, np.repeat(unit.indices, sizes))
+
+
 def averaged(rule: Rule, dtype: str, g: Tensor) -> Tensors:
     """What is averaged over each block, of a gradient in any dtype."""
     return rule.second_moment.averaged(ops.cast(g, dtype))
 
 
 def block_means(
-    rule: Rule, batch: Batch, gradients: Sequence[Tensor], kernels: Kernels
+    rule: Rule,
+    batch: Batch,
+    gradients: Sequence[Tensor],
+    kernels: Kernels,
+    of_all: bool,
 ) -> list[Tensors]:
-    """What each unit of accumulators is to be updated with."""
+    """What each unit is to be updated with; of all units, or as needed."""
     w = {p: unit.variables[0] for unit in batch.weights for p in unit.positions}
     means = []
     for unit in batch.accumulators:
+        if not (unit.statistics or of_all):
+            means.append(())
+            continue
         of_entries = partial(averaged, rule, unit.dtype)
         of_groups = []
         for positions, partitions in unit.groups:
@@ -210,6 +243,8 @@ def block_step(
     rule: Rule, at: Scalars, means: Tensors, *statistics: Tensor
 ) -> Tensors:
     """Once per block: the step size, and the new statistics."""
+    if not statistics:
+        return (at.learning_rate,)
 
     def accumulate(old: Tensor, mean: Tensor) -> Tensor:
         return at.decay * old + at.weight * mean
@@ -223,11 +258,16 @@ def entry_step(
     rule: Rule,
     at: Scalars,
     weight_decay: float | np.ndarray,
+    multiplier: Tensor | None,
     step_size: Tensor,
     *entries: Tensor,
 ) -> Tensors:
     """Once per entry: the new weight, and the new momentum if there is one."""
     g, w, *state = (ops.cast(x, at.learning_rate.dtype) for x in entries)
+    learning_rate = at.learning_rate
+    if multiplier is not None:
+        learning_rate = learning_rate * multiplier
+        step_size = step_size * multiplier
     m = state[0] if state else None
     if rule.momentum_of_gradient:
         m, x = at.momentum(m, g)
@@ -237,6 +277,6 @@ def entry_step(
     decayed = w
     if np.any(weight_decay):
         decay = ops.cast(weight_decay, w.dtype)
-        decayed = w - w * decay * at.learning_rate
+        decayed = w - w * decay * learning_rate
     new = (decayed - direction, *([m] if state else []))
     return at.if_taken(new, (w, *state))

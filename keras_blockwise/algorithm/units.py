@@ -46,6 +46,7 @@ class Accumulators(NamedTuple):
             `beta_2` of 0.999 is 1.
         groups: What each is an accumulator of.
         statistics: The statistics of all of them, in the order of the rule.
+            None for a variable without blocks, whose second moment is 1.
     """
 
     dtype: str
@@ -58,6 +59,7 @@ class Weights(NamedTuple):
 
     Args:
         dtype: As in `Accumulators`.
+        indices: Where they are among all variables of the optimizer.
         positions: Where their gradients are in the list of gradients.
         partitions: Their blocks.
         weight_decay: Their decoupled weight decay, of each entry if it differs.
@@ -66,6 +68,7 @@ class Weights(NamedTuple):
     """
 
     dtype: str
+    indices: tuple[int, ...]
     positions: tuple[int, ...]
     partitions: tuple[Partition, ...]
     weight_decay: float | np.ndarray

@@ -1,7 +1,6 @@
 """Which blocks every variable gets: a scheme, rules for exceptions, a table."""
 
 import dataclasses
-import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -24,6 +23,8 @@ from keras_blockwise.blocking.config import is_string
 from keras_blockwise.blocking.config import read
 from keras_blockwise.blocking.inference import infer
 from keras_blockwise.blocking.layer_axes import meanings_in
+from keras_blockwise.blocking.matching import check_key
+from keras_blockwise.blocking.matching import match_keys
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.blocking.schemes import GROUPS
@@ -56,7 +57,7 @@ class Row(NamedTuple):
             "kind": self.kind,
             "source": self.source,
             "shape": list(self.partition.shape),
-            "block_shape": list(self.partition.block_shape),
+            "block_shape": to_json(self.partition.block_shape),
             "group": self.partition.group,
         }
 
@@ -68,9 +69,12 @@ class Row(NamedTuple):
         def string(name: str) -> Any:
             return field(name, "a string", is_string)
 
-        def shape(name: str) -> Shape:
-            return tuple(field(name, "a list of integers >= 0", is_shape))
-
+        shape = field("shape", "a list of integers >= 0", is_shape)
+        block_shape = field(
+            "block_shape",
+            "a list of integers >= 0 or `None`",
+            lambda value: value is None or is_shape(value),
+        )
         group = field(
             "group",
             "a string or `None`",
@@ -81,7 +85,7 @@ class Row(NamedTuple):
             string("layer"),
             string("kind"),
             string("source"),
-            Partition(shape("shape"), shape("block_shape"), group),
+            Partition(tuple(shape), from_json(block_shape), group),
         )
 
 
@@ -103,6 +107,8 @@ class Blocking:
             - `"variable"`: the whole variable.
             - `"layer"`: all variables of one layer.
             - `"model"`: all variables.
+            - `"none"`: nothing. The variable takes plain steps of the learning
+              rate (its second moment is 1, without an epsilon).
             - a tuple: the shape of the block, `None` for a whole axis, which
               must fit every variable. `(None, 64)` cuts a matrix into strips
               of 64 columns.
@@ -145,19 +151,8 @@ class Blocking:
             )
         object.__setattr__(self, "rules", dict(self.rules or {}))
         for pattern, scheme in self.rules.items():
-            if not isinstance(pattern, str):
-                raise TypeError(
-                    "A key of `rules` must be a string, the path of a variable "
-                    f"or a regular expression. Received: {pattern!r}."
-                )
+            check_key("rules", pattern)
             check_scheme(f"`rules[{pattern!r}]`", scheme)
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    "A key of `rules` must be the path of a variable or a "
-                    f"regular expression ({error}). Received: {pattern!r}."
-                ) from error
 
     @classmethod
     def from_model(
@@ -273,12 +268,13 @@ class Blocking:
         """The blocks of variables, and those of them that may be wrong."""
         rows = []
         doubtful = []
-        rules = match_rules(self.rules, weights, other_paths)
+        rules = match_keys("rules", self.rules, weights, other_paths)
         for weight, meaning, rule in zip(weights, meanings, rules):
             scheme = self.scheme if rule is None else self.rules[rule]
             axes = meaning.axes[0]
             source = str(scheme) if rule is None else f"rule {rule!r}"
             group = None
+            tiles: list[Shape | None]
             if not isinstance(scheme, str):
                 tiles = [tile_of(weight, scheme, source)]
             else:
@@ -342,40 +338,6 @@ def check_scheme(argument: str, scheme: Any) -> None:
             f"{argument} must be a string, or a tuple of positive integers and "
             f"`None` (for a whole axis). Received: {scheme!r}."
         )
-
-
-def match_rules(
-    rules: Mapping[str, Any],
-    weights: Sequence[Weight],
-    other_paths: Sequence[str],
-) -> list[str | None]:
-    """The key of the rule for each variable: its path, else a pattern."""
-    unused = {
-        key
-        for key in rules
-        if key not in other_paths
-        and not any(re.fullmatch(key, path) for path in other_paths)
-    }
-    matches: list[str | None] = []
-    for weight in weights:
-        patterns = [key for key in rules if re.fullmatch(key, weight.path)]
-        unused.difference_update(patterns, [weight.path])
-        if weight.path in rules:
-            patterns = [weight.path]
-        if len(patterns) > 1:
-            raise ValueError(
-                f"Variable {weight.path!r} must match one of the `rules` at "
-                f"most. Received: {patterns}. Make the patterns narrower, or "
-                "give the path itself a rule."
-            )
-        matches.append(patterns[0] if patterns else None)
-    if unused:
-        paths = "\n  ".join(weight.path for weight in weights)
-        raise ValueError(
-            "Every key of `rules` must match the path of a variable. Received: "
-            f"{sorted(unused)}, which match none of\n  {paths}"
-        )
-    return matches
 
 
 def tile_of(weight: Weight, tile: Tile, source: str) -> Shape:
@@ -461,9 +423,9 @@ STRANGERS = (
 )
 
 
-def to_json(scheme: str | Tile) -> str | list[int | None]:
-    return scheme if isinstance(scheme, str) else list(scheme)
+def to_json(value: str | Tile | None) -> str | list[int | None] | None:
+    return list(value) if isinstance(value, tuple) else value
 
 
-def from_json(scheme: Any) -> Any:
-    return tuple(scheme) if isinstance(scheme, list) else scheme
+def from_json(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -64,6 +64,8 @@ class KerasHooks(keras.optimizers.Optimizer):
                 aggregation="only_first_replica",
                 name="skipped_steps",
             )
+        # A factor of the learning rate for each variable, if there are any.
+        self._multipliers: Variable | None = None
         # Kind and shape of what a checkpoint has for this optimizer once it
         # is built.
         self.restored_layout: list[tuple[str, Shape]] | None = None
@@ -110,6 +112,7 @@ class KerasHooks(keras.optimizers.Optimizer):
         kinds = {
             "iteration": [self._iterations],
             "learning_rate": [self._learning_rate],
+            "learning_rate_multipliers": [self._multipliers],
             "skipped_steps": [self.skipped_steps],
         }
         if hasattr(self, "_model_variables_moving_average"):
@@ -218,8 +221,7 @@ class KerasHooks(keras.optimizers.Optimizer):
         self,
         batch: Batch,
         gradients: Sequence[Tensor],
-        learning_rate: Tensor,
-        iterations: Tensor,
+        scalars: Sequence[Tensor],
         kernels: Kernels,
         read: Read,
     ) -> Tensor:
@@ -228,8 +230,7 @@ class KerasHooks(keras.optimizers.Optimizer):
             self.block_state.rule,
             batch,
             gradients,
-            learning_rate,
-            iterations,
+            *scalars,
             kernels=kernels,
             read=read,
             assign=self.assign,
@@ -286,6 +287,17 @@ class KerasHooks(keras.optimizers.Optimizer):
             if average is not None:
                 new = ops.convert_to_tensor(average)
                 average.assign(ops.where(taken, new, value))
+
+
+def scalars_of(optimizer: KerasHooks, learning_rate: Tensor) -> list[Tensor]:
+    """What all variables of a step share, in the order of `update`.
+
+    Learning rate, count of steps, and multipliers if there are any.
+    """
+    scalars = [learning_rate, ops.convert_to_tensor(optimizer.iterations)]
+    if optimizer._multipliers is not None:
+        scalars.append(ops.convert_to_tensor(optimizer._multipliers))
+    return scalars
 
 
 def broadcast(gradient: Tensor, variable: Variable) -> Tensor:

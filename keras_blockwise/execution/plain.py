@@ -20,6 +20,7 @@ from keras_blockwise.algorithm.units import EntryUpdate
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.execution.hooks import KerasHooks
+from keras_blockwise.execution.hooks import scalars_of
 
 Tensor = Any
 Variable = Any
@@ -87,8 +88,7 @@ class PlainOptimizer(KerasHooks):
         taken = self._update(
             batch,
             [ops.stop_gradient(g) for g in gradients],
-            learning_rate,
-            ops.convert_to_tensor(self.iterations),
+            scalars_of(self, learning_rate),
             self.kernels,
             # PyTorch would else record the step.
             lambda variable: ops.stop_gradient(ops.convert_to_tensor(variable)),

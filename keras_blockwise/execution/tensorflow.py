@@ -17,6 +17,7 @@ from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.execution.hooks import KerasHooks
 from keras_blockwise.execution.hooks import Written
+from keras_blockwise.execution.hooks import scalars_of
 from keras_blockwise.execution.plain import PlainKernels
 from keras_blockwise.execution.xla_cpu import XlaCpuKernels
 from keras_blockwise.state import saving
@@ -72,8 +73,9 @@ class TensorFlowOptimizer(KerasHooks):
             indices,
             grads,
             # One dtype for one compiled update, whatever a callable returns.
-            tf.cast(learning_rate, self.block_state.widest_dtype),
-            tf.convert_to_tensor(self.iterations),
+            *scalars_of(
+                self, tf.cast(learning_rate, self.block_state.widest_dtype)
+            ),
         )
 
     def _update_replicas(
@@ -139,8 +141,7 @@ class TensorFlowOptimizer(KerasHooks):
         indices: tuple[int, ...],
         written: Written,
         gradients: list[Tensor],
-        learning_rate: Tensor,
-        iterations: Tensor,
+        *scalars: Tensor,
     ) -> None:
         """`_update` on the variables of one replica, compiled if it may be."""
         batch, counters = written
@@ -154,14 +155,13 @@ class TensorFlowOptimizer(KerasHooks):
                 devices,
                 batch,
                 gradients,
-                (learning_rate, iterations),
+                scalars,
             )
         else:
             taken = self._update(
                 batch,
                 gradients,
-                learning_rate,
-                iterations,
+                scalars,
                 kernels=PLAIN,
                 read=tf.convert_to_tensor,
             )
@@ -173,7 +173,7 @@ class TensorFlowOptimizer(KerasHooks):
         devices: set[str],
         batch: Batch,
         gradients: list[Tensor],
-        scalars: tuple[Tensor, Tensor],
+        scalars: tuple[Tensor, ...],
     ) -> Tensor:
         """`_update`, compiled by XLA and called where the variables are."""
         kernels = kernels_on(devices)
@@ -185,11 +185,10 @@ class TensorFlowOptimizer(KerasHooks):
         if key not in self._compiled.functions:
             # The variables are captured: no work for them per step.
             self._compiled.functions[key] = compile_update(
-                lambda arguments, learning_rate, iterations: self._update(
+                lambda arguments, *scalars: self._update(
                     batch,
                     unpack(arguments),
-                    learning_rate,
-                    iterations,
+                    scalars,
                     kernels=kernels,
                     read=tf.convert_to_tensor,
                 ),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -28,6 +29,7 @@ from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.state.slots import Key
 from keras_blockwise.state.slots import Slot
 from keras_blockwise.state.slots import accumulator_keys
+from keras_blockwise.state.slots import step_dtypes
 
 Tensor = Any
 Variable = Any
@@ -119,9 +121,12 @@ class Storage:
         self.variables = tuple(variables)
         self.rows = tuple(rows)
         self.slots = tuple(slots)
+        self._dtypes = step_dtypes(
+            [keras.backend.standardize_dtype(v.dtype) for v in variables],
+            self.partitions,
+        )
         # Of the numbers that all variables share in a step.
-        computed_in = {slot.dtype for slot in slots if slot.name == "velocity"}
-        self.widest_dtype = max(computed_in, default="float32")
+        self.widest_dtype = max(self._dtypes, default="float32")
         # What `batch` returns for the positions that it was asked for.
         self.batches: dict[tuple[int, ...], Batch] = {}
         self._houses = housed(slots)
@@ -186,7 +191,7 @@ class Storage:
             name: {
                 i: values[self._slots[name, key]]
                 for i, key in enumerate(self._keys_of(name))
-                if i in self._partitions
+                if (name, key) in self._slots
             }
             for name in [*names, *self.rule.second_moment.statistics]
         }
@@ -204,24 +209,6 @@ class Storage:
             indices: Positions of the variables.
             weight_decay: Tells the weight decay of the variable at a position.
         """
-        members: dict[Key, list[int]] = {}
-        for position, i in enumerate(indices):
-            members.setdefault(self._keys[i], []).append(position)
-        accumulators = []
-        for keys, _ in self._together("velocity", list(members)):
-            groups = tuple(
-                Group(
-                    tuple(members[key]),
-                    tuple(self._partitions[indices[p]] for p in members[key]),
-                )
-                for key in keys
-            )
-            statistics = tuple(
-                self._together(name, keys)[0][1]
-                for name in self.rule.second_moment.statistics
-            )
-            dtype = self._slots["velocity", keys[0]].dtype
-            accumulators.append(Accumulators(dtype, groups, statistics))
         together: list[tuple[Sequence[int], tuple[Part, ...]]]
         if self.rule.momentum.has_state:
             together = [
@@ -233,7 +220,8 @@ class Storage:
         position_of = {i: position for position, i in enumerate(indices)}
         weights = [
             Weights(
-                self._slots["velocity", self._keys[own[0]]].dtype,
+                self._dtypes[own[0]],
+                tuple(own),
                 tuple(position_of[i] for i in own),
                 tuple(self._partitions[i] for i in own),
                 of_entries(
@@ -245,7 +233,34 @@ class Storage:
             )
             for own, momentum in together
         ]
-        return Batch(accumulators, weights)
+        return Batch(self._accumulators(indices), weights)
+
+    def _accumulators(self, indices: Sequence[int]) -> list[Accumulators]:
+        """The accumulators of some variables; without blocks, an empty one."""
+        members: dict[Key, list[int]] = {}
+        for position, i in enumerate(indices):
+            members.setdefault(self._keys[i], []).append(position)
+        adapt = {key: ("velocity", key) in self._slots for key in members}
+        together = self._together("velocity", [k for k in members if adapt[k]])
+        units = [keys for keys, _ in together]
+        units += [[key] for key in members if not adapt[key]]
+        accumulators = []
+        for keys in units:
+            groups = tuple(
+                Group(
+                    tuple(members[key]),
+                    tuple(self._partitions[indices[p]] for p in members[key]),
+                )
+                for key in keys
+            )
+            statistics = tuple(
+                self._together(name, keys)[0][1]
+                for name in self.rule.second_moment.statistics
+                if (name, keys[0]) in self._slots
+            )
+            dtype = self._dtypes[indices[members[keys[0]][0]]]
+            accumulators.append(Accumulators(dtype, groups, statistics))
+        return accumulators
 
     def _keys_of(self, name: str) -> Sequence[Any]:
         return range(len(self.rows)) if name == "momentum" else self._keys

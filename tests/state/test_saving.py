@@ -408,7 +408,13 @@ ORDER = {
         KERAS + of_each("momentum", "velocity", "velocity_hat"),
     ),
     "AdamMini": (kb.AdamMini(), KERAS + of_each("momentum", "velocity")),
+    "BlockNadam": (kb.BlockNadam(), KERAS + of_each("momentum", "velocity")),
     "BAGM": (kb.BAGM(), KERAS + of_each("momentum", "velocity")),
+    "no blocks": (kb.BAGM(blocking="none"), KERAS + of_each("momentum")),
+    "multipliers": (
+        kb.BAG(learning_rate_multipliers={}),
+        [*KERAS, "learning_rate_multipliers", *of_each("velocity")],
+    ),
     "BAGM-none": (kb.BAGM(momentum=0.0), KERAS + of_each("velocity")),
     "BAG": (kb.BAG(), KERAS + of_each("velocity")),
     "BlockRMSprop": (
