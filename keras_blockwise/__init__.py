@@ -6,6 +6,7 @@ from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.multipliers import layerwise_decay
 from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
+from keras_blockwise.optimizers import SPAM
 from keras_blockwise.optimizers import AdamMini
 from keras_blockwise.optimizers import BlockAdam
 from keras_blockwise.optimizers import BlockNadam
@@ -25,6 +26,7 @@ __all__ = [
     "BlockRMSprop",
     "Blocking",
     "Partition",
+    "SPAM",
     "all_or_nothing",
     "convert_state",
     "layerwise_decay",

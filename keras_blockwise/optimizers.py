@@ -8,12 +8,14 @@ import keras
 from keras_blockwise.algorithm import accumulators
 from keras_blockwise.algorithm import momentum as momenta
 from keras_blockwise.algorithm import second_moment as second_moments
+from keras_blockwise.algorithm import spikes
 from keras_blockwise.algorithm.step import Rule
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.blocking import Tile
 from keras_blockwise.optimizer import BlockwiseOptimizer
 from keras_blockwise.validation import check_choice
 from keras_blockwise.validation import check_fraction
+from keras_blockwise.validation import check_integer
 from keras_blockwise.validation import check_non_negative
 
 
@@ -603,4 +605,134 @@ class BlockRMSprop(BlockwiseOptimizer):
             "momentum": self.momentum,
             "epsilon": self.epsilon,
             "centered": self.centered,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class SPAM(BlockwiseOptimizer):
+    """Adam that cuts off spikes of the gradient, and resets its momentum.
+
+    With `s_b` the mean of the squared gradient over block b, and
+    t = 1, 2, ...:
+
+        g <- sign(g) * sqrt(spike_threshold * v)  where g^2 exceeds its square
+        m <- beta_1 * m + (1 - beta_1) * g                    per weight
+        v <- beta_2 * v + (1 - beta_2) * s_b                  per block
+        w <- w - learning_rate * c * sqrt(1 - beta_2^n) / (1 - beta_1^n)
+               * m / (sqrt(v) + epsilon)
+
+    `v` is that of the step before, and nothing is cut off where it is 0, nor
+    in the first 20 steps from the start or from a reset on. Before step
+    `reset_every`, and every so many steps, m and v are set to 0; n then counts
+    from 1 again, and c rises from 0.01 to 1 along a cosine. With the default
+    blocks this is the published method; with others, an entry is a spike
+    compared with its block: at 5000, above 70.7 times its running root mean
+    square.
+
+    With `skip_nonfinite=True`, a step is left out if the gradient had an
+    infinity before it was cut.
+
+    Args:
+        learning_rate: As in `BlockAdam`. Defaults to `0.001`.
+        beta_1: Decay rate of the momentum, in [0, 1). Defaults to `0.9`.
+        beta_2: Decay rate of the second moment, in [0, 1). Defaults to
+            `0.999`.
+        epsilon: Small number that keeps the division finite, added outside
+            the root. Defaults to `1e-6`.
+        spike_threshold: How often `v` the square of an entry may be, >= 0; at
+            0 nothing is cut off. Defaults to `5000.0`.
+        reset_every: Number of steps from one reset to the next, an integer
+            >= 1. Defaults to `500`.
+        reset_warmup: Number of steps with a shorter step after a reset, an
+            integer in [0, `reset_every`]. Defaults to `150`.
+        reset_bias_correction: Boolean. Whether n counts from the last reset,
+            so that no constant gradient has a step above `learning_rate`. If
+            not, n is t, as in the authors' code, where it reaches 2.25 times
+            that. Defaults to `True`.
+        blocking: As in `BlockAdam`. Defaults to `"coordinate"`.
+        momentum_dtype: As in `BlockAdam`.
+        jit_compile: As in `BlockAdam`.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range.
+
+    Example:
+
+    >>> optimizer = SPAM(learning_rate=1e-3, reset_every=1000)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Huang et al., 2025](https://arxiv.org/abs/2501.06842), and the authors'
+      code
+    """
+
+    state_family = "spam"
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-6,
+        spike_threshold: float = 5000.0,
+        reset_every: int = 500,
+        reset_warmup: int = 150,
+        reset_bias_correction: bool = True,
+        blocking: str | Tile | Blocking = "coordinate",
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            blocking=blocking,
+            momentum_dtype=momentum_dtype,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        self.beta_1 = check_fraction("beta_1", beta_1)
+        self.beta_2 = check_fraction("beta_2", beta_2)
+        self.epsilon = check_non_negative("epsilon", epsilon)
+        self.spike_threshold = check_non_negative(
+            "spike_threshold", spike_threshold
+        )
+        self.reset_every = check_integer("reset_every", reset_every, 1)
+        self.reset_warmup = check_integer(
+            "reset_warmup", reset_warmup, 0, self.reset_every
+        )
+        self.reset_bias_correction = check_choice(
+            "reset_bias_correction", reset_bias_correction, (True, False)
+        )
+
+    def rule(self) -> Rule:
+        restarts = self.reset_every, self.reset_bias_correction
+        limit = None
+        if self.spike_threshold:
+            limit = spikes.spike_limit(self.spike_threshold, self.reset_every)
+        return Rule(
+            second_moment=second_moments.mean_of_squares(),
+            accumulator=spikes.restarted_accumulator(
+                accumulators.exponential(self.beta_2), *restarts
+            ),
+            root=second_moments.epsilon_outside(self.epsilon),
+            momentum=spikes.restarted_momentum(
+                momenta.ema(self.beta_1), *restarts, self.reset_warmup
+            ),
+            momentum_of_gradient=True,
+            limit=limit,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "beta_1": self.beta_1,
+            "beta_2": self.beta_2,
+            "epsilon": self.epsilon,
+            "spike_threshold": self.spike_threshold,
+            "reset_every": self.reset_every,
+            "reset_warmup": self.reset_warmup,
+            "reset_bias_correction": self.reset_bias_correction,
         }

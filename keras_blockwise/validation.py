@@ -54,6 +54,18 @@ def check_number(name: str, value: Any, end: float) -> float:
     return float(value)
 
 
+def check_integer(
+    name: str, value: Any, least: int, most: float = math.inf
+) -> int:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not least <= value <= most:
+        raise ValueError(
+            f"`{name}` must be an integer in [{least}, {most}]. Received: "
+            f"{name}={value!r}."
+        )
+    return int(value)
+
+
 def check_keras_numbers(arguments: Mapping[str, Any]) -> None:
     """Arguments of Keras's base class that it computes with, unchecked."""
     for name in KERAS_NUMBERS & arguments.keys():

@@ -13,6 +13,7 @@ import pytest
 import keras_blockwise as kb
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
+from helpers.cases import OPTIMIZERS
 from helpers.cases import make_variables
 from helpers.cases import tensors
 from helpers.processes import TESTS
@@ -42,6 +43,8 @@ FRACTIONS = [
     (kb.BAGM, "momentum"),
     (kb.BAGM, "beta_2"),
     (kb.BlockRMSprop, "rho"),
+    (kb.SPAM, "beta_1"),
+    (kb.SPAM, "beta_2"),
     (kb.BlockRMSprop, "momentum"),
 ]
 NON_NEGATIVE = [
@@ -53,6 +56,8 @@ NON_NEGATIVE = [
     (kb.BAG, "epsilon"),
     (kb.BAG, "initial_accumulator_value"),
     (kb.BlockRMSprop, "epsilon"),
+    (kb.SPAM, "epsilon"),
+    (kb.SPAM, "spike_threshold"),
 ]
 NUMBERS = [
     (cls, name, value, r"a number in \[0, 1\.0\)")
@@ -77,11 +82,12 @@ CHOICES = [
         (kb.BlockRMSprop, "centered", (None, "yes"), [True, False]),
         (kb.AdamMini, "value", ("head", None), ["output_unit", "variable"]),
         (kb.BAG, "skip_nonfinite", (None, "auto"), [True, False]),
+        (kb.SPAM, "reset_bias_correction", (None, "yes"), [True, False]),
     ]
     for value in values
 ] + [
     (cls, name, value, "one of")
-    for cls in (kb.BlockAdam, kb.AdamMini, kb.BAGM, kb.BlockRMSprop)
+    for cls in (kb.BlockAdam, kb.AdamMini, kb.BAGM, kb.BlockRMSprop, kb.SPAM)
     for name, values in [
         ("jit_compile", ("yes", None, 2)),
         ("momentum_dtype", ("int8", "float", 16)),
@@ -90,11 +96,19 @@ CHOICES = [
 ]
 LEARNING_RATES = [
     (cls, "learning_rate", value, "a number >= 0, a `LearningRateSchedule` or")
-    for cls in (kb.BlockAdam, kb.AdamMini, kb.BAGM, kb.BAG, kb.BlockRMSprop)
+    for cls in OPTIMIZERS
     for value in (None, "0.1", -0.1, math.nan, math.inf, True, [0.1])
 ]
+INTEGERS = [
+    (cls, name, value, rf"an integer in \[{least}, {most}\]")
+    for cls, name, least, most in [
+        (kb.SPAM, "reset_every", 1, "inf"),
+        (kb.SPAM, "reset_warmup", 0, 500),
+    ]
+    for value in (*NOT_NUMBERS, 0.5, 2.0, least - 1, math.inf)
+] + [(kb.SPAM, "reset_warmup", 501, r"an integer in \[0, 500\]")]
 # Class, argument, value, and what the argument must be.
-ARGUMENTS = [*NUMBERS, *CHOICES, *LEARNING_RATES]
+ARGUMENTS = [*NUMBERS, *INTEGERS, *CHOICES, *LEARNING_RATES]
 
 KNOWN = "'coordinate'.*'layer'.*'model'.*'output_unit'.*'variable'"
 SCHEME = "must be a string, or a tuple of positive integers and `None`"

@@ -113,6 +113,7 @@ OPTIMIZERS = {
     "BAGM without": (kb.BAGM, {"momentum": 0.0}),
     "BAG": (kb.BAG, {}),
     "BlockRMSprop": (kb.BlockRMSprop, {}),
+    "SPAM": (kb.SPAM, {}),
     "centered": (kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
 }
 SCHEMES = ["coordinate", "output_unit", "head", "layer", "model", "adam_mini"]

@@ -13,8 +13,8 @@ mean over a block:
 `v` and `step_size` are numbers of a block, `m` and `w` of an entry. Without
 blocks, `step_size = learning_rate`. A multiplier is a factor of the learning
 rate of one variable. The forms of `v` and `root` are in `second_moment`, those
-of the coefficients in `accumulators` and `momentum`. Blockwise adaptivity:
-Zheng & Kwok 2019, arXiv:1905.09899.
+of the coefficients in `accumulators` and `momentum`; what may be cut off from g
+first, in `spikes`. Blockwise adaptivity: Zheng & Kwok 2019, arXiv:1905.09899.
 """
 
 import functools
@@ -38,6 +38,8 @@ from keras_blockwise.algorithm.momentum import Update
 from keras_blockwise.algorithm.second_moment import Root
 from keras_blockwise.algorithm.second_moment import SecondMoment
 from keras_blockwise.algorithm.second_moment import Tensors
+from keras_blockwise.algorithm.spikes import Limit
+from keras_blockwise.algorithm.spikes import cut_spikes
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.algorithm.units import BlockUpdate
 from keras_blockwise.algorithm.units import EntryUpdate
@@ -56,6 +58,7 @@ class Rule:
     root: Root
     momentum: Momentum
     momentum_of_gradient: bool = False
+    limit: Limit | None = None
 
 
 class Scalars(NamedTuple):
@@ -138,16 +141,25 @@ def step(
         The new statistics of each of `batch.accumulators`, the new weights and
         momentum of each of `batch.weights`, and whether the step was taken.
     """
+
+    def time(dtype: str) -> Tensor:
+        return ops.cast(iterations, dtype) + 1
+
+    checked: list[Tensor] = []
+    if rule.limit:  # It makes an infinity finite.
+        checked = list(gradients)
+        gradients = cut_spikes(rule.limit, time, batch.accumulators, gradients)
     means = block_means(rule, batch, gradients, kernels, skip_nonfinite)
     taken = True
     if skip_nonfinite:
-        finite = [ops.all(ops.isfinite(s)) for s, *_ in means]
+        checked += [s for s, *_ in means]
+        finite = [ops.all(ops.isfinite(x)) for x in checked]
         taken = ops.all(ops.stack(finite))
 
     @functools.cache
     def at(dtype: str) -> Scalars:
-        t = ops.cast(iterations, dtype) + 1
-        return Scalars.of(rule, t, ops.cast(learning_rate, dtype), taken)
+        rate = ops.cast(learning_rate, dtype)
+        return Scalars.of(rule, time(dtype), rate, taken)
 
     blocks = [
         BlockUpdate(

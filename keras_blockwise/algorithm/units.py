@@ -6,6 +6,7 @@ fields are places in memory (see `state.storage`), or the values read there.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
@@ -102,12 +103,22 @@ class BlockUpdate(NamedTuple):
 
     def by_position(self, step_size: Tensor) -> dict[int, Tensor]:
         """The step sizes of each variable, by the position of its gradient."""
-        shapes = [group.accumulator_shape for group in self.groups]
-        return {
-            position: value
-            for group, value in zip(self.groups, split(step_size, shapes))
-            for position in group.positions
-        }
+        return by_position(self.groups, step_size)
+
+
+def by_position(groups: Sequence[Group], values: Tensor) -> dict[int, Tensor]:
+    """Values of the blocks of each variable, by the position of its gradient.
+
+    Args:
+        groups: As in `Accumulators`.
+        values: One per block of each of them, joined.
+    """
+    shapes = [group.accumulator_shape for group in groups]
+    return {
+        position: value
+        for group, value in zip(groups, split(values, shapes))
+        for position in group.positions
+    }
 
 
 class EntryUpdate(NamedTuple):

@@ -261,7 +261,7 @@ def check_truth(
             assert_stored(
                 name, variable, value, slot_dtype, TOLERANCES[slot_dtype]
             )
-    return optimizer, variables
+    return optimizer, variables, truth
 
 
 def assert_stored(name, variable, expected, dtype, tolerance):
@@ -298,6 +298,7 @@ ONE_OF_EACH = [
     Case(kb.BlockNadam),
     Case(kb.BAGM),
     Case(kb.BAG),
+    Case(kb.SPAM, {"reset_every": 9, "reset_warmup": 3}),
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
 ]
 each_full_class = pytest.mark.parametrize(
@@ -417,7 +418,7 @@ def test_float32(case):
 @each_full_class
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision(case, dtype):
-    _, variables = check_truth(case, MIXED, dtype, blocking=MIXED_BLOCKING)
+    _, variables, _ = check_truth(case, MIXED, dtype, blocking=MIXED_BLOCKING)
     shapes = {path: SHAPES[path] for path in MIXED}
     for before, after in zip(make_variables(shapes, dtype), variables):
         # With its 0.999 in bfloat16, which is 1, nothing would move.
@@ -486,7 +487,7 @@ def test_skip_nonfinite(case, jit_compile):
     gradients = make_gradients(STEPS, {path: SHAPES[path] for path in MIXED})
     for step, value in [(0, np.nan), (5, np.inf), (6, -np.inf)]:
         gradients[step][2][0, 1] = value
-    optimizer, _ = check_truth(
+    optimizer, *_ = check_truth(
         case,
         MIXED,
         gradients=gradients,
@@ -496,6 +497,30 @@ def test_skip_nonfinite(case, jit_compile):
         skip_nonfinite=True,
     )
     assert int(optimizer.skipped_steps) == 3
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("restart", [True, False])
+def test_spikes_and_resets(restart, jit_compile):
+    """Three resets, and spikes before and after each."""
+    arguments = {
+        "spike_threshold": 4.0,
+        "reset_every": 26,
+        "reset_warmup": 9,
+        "reset_bias_correction": restart,
+    }
+    gradients = make_gradients(84, {path: SHAPES[path] for path in MIXED})
+    for given in gradients[::5]:
+        given[2][0, 1] *= 64.0
+    *_, truth = check_truth(
+        Case(kb.SPAM, arguments),
+        MIXED,
+        gradients=gradients,
+        wrap=eager if jit_compile else graph,
+        jit_compile=jit_compile,
+        blocking=MIXED_BLOCKING,
+    )
+    assert truth.spikes > 100
 
 
 @each_full_class

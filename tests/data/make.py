@@ -49,6 +49,9 @@ OPTIMIZERS: dict[str, Any] = {
         blocking="input_unit",
         jit_compile=False,
     ),
+    "spam": lambda: kb.SPAM(
+        0.05, reset_every=7, reset_warmup=3, jit_compile=False
+    ),
 }
 
 # Also saved without the model: two are enough.

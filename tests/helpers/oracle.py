@@ -131,6 +131,58 @@ class AdamMini(BlockAdam):
         return m, -lr * m_hat / (np.sqrt(v_hat) + epsilon)
 
 
+class SPAM(BlockAdam):
+    """As the authors' code has it, but that `v = 0` is no limit."""
+
+    def step(self, gradients, learning_rate):
+        since = (self.t + 1) % self.hyper.get("reset_every", 500)
+        threshold = self.hyper.get("spike_threshold", 5000.0)
+        if since == 0:
+            for k, g in enumerate(gradients):
+                if g is not None:
+                    own = self.labels[k]
+                    self.velocity[own[own != PLAIN]] = 0
+                    self.momentum[k] = np.zeros_like(self.momentum[k])
+        if since >= 20 and threshold:
+            gradients = [
+                g
+                if g is None or (own == PLAIN).all()
+                else self.cut(g, threshold * self.velocity[own])
+                for g, own in zip(gradients, self.labels)
+            ]
+        super().step(gradients, learning_rate)
+
+    def cut(self, g, square):
+        is_spike = (g**2 > square) & (square > 0)
+        self.spikes = getattr(self, "spikes", 0) + is_spike.sum()
+        return np.where(is_spike, np.sign(g) * np.sqrt(square), g)
+
+    def update(
+        self,
+        lr,
+        g,
+        m,
+        v,
+        a,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-6,
+        reset_every=500,
+        reset_warmup=150,
+        reset_bias_correction=True,
+        **_,
+    ):
+        n, since = self.t, self.t % reset_every
+        if n >= reset_every and reset_bias_correction:
+            n = since + 1
+        if self.t >= reset_every and since < reset_warmup:
+            angle = np.pi * since / (reset_warmup + 1)
+            lr = lr * (0.01 + 0.99 * (1 - np.cos(angle)) / 2)
+        m = beta_1 * m + (1 - beta_1) * g
+        lr = lr * np.sqrt(1 - beta_2**n) / (1 - beta_1**n)
+        return m, -lr * m / (np.sqrt(v) + epsilon)
+
+
 class BlockNadam(BlockAdam):
     """Keras's Nadam: a product over all steps so far, made anew in each."""
 

@@ -423,6 +423,7 @@ ORDER = {
         kb.BlockRMSprop(centered=True, momentum=0.5),
         KERAS + of_each("momentum", "velocity", "average_gradient"),
     ),
+    "SPAM": (kb.SPAM(), KERAS + of_each("momentum", "velocity")),
     "layer": (
         kb.BlockAdam(blocking="layer"),
         [
