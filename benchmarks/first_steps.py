@@ -6,6 +6,7 @@ processor, which other processes change least.
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from benchmarks import processes
 from benchmarks import report
 from benchmarks.goals import Goal
 
+# The blocks that are chosen by default do not matter here.
+warnings.filterwarnings("ignore", "Names and shapes allow more than one")
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     peers.ADAM: keras.optimizers.Adam,
     "BlockAdam": kb.BlockAdam,

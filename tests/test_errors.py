@@ -26,6 +26,7 @@ ELSEWHERE = {
     "checks.py": "state/test_checks.py",
     "config.py": "test_damaged_config.py",
     "convert.py": "state/test_convert.py",
+    "multipliers.py": "test_multipliers.py",
     "tensorflow.py": "state/test_loading.py",
 }
 SHAPES = {"q/kernel": (32, 30), "q/bias": (30,)}
@@ -385,6 +386,13 @@ OTHERS = {
         lambda: setattr(built_with("layer"), "epsilon", 1.0),
         AttributeError,
         "`epsilon` must be given to the constructor: BAGM.*: epsilon=1.0. Make",
+    ),
+    "multipliers without the argument": (
+        lambda: setattr(
+            built_with("layer"), "learning_rate_multipliers", {"a": 1.0}
+        ),
+        ValueError,
+        "`learning_rate_multipliers`.*constructor.*Received: ",
     ),
     "base class": (
         lambda: BlockwiseOptimizer(0.1, blocking="layer").rule(),

@@ -34,6 +34,12 @@ OPTIMIZERS: dict[str, Any] = {
     "adam_mini": lambda: kb.AdamMini(
         0.05, momentum_dtype="bfloat16", weight_decay=0.01, jit_compile=False
     ),
+    "block_nadam": lambda: kb.BlockNadam(
+        0.05,
+        blocking=kb.Blocking("output_unit", {r".*/bias": "none"}),
+        learning_rate_multipliers={r".*/out/.*": 0.5},
+        jit_compile=False,
+    ),
     "bagm": lambda: kb.BAGM(
         0.05, accumulator="polynomial", blocking="layer", jit_compile=False
     ),

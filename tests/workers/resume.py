@@ -188,7 +188,7 @@ def outcome(function: Any, setting: Setting, folder: Path) -> Any:
 
 DEFAULT = [
     *(Setting("BlockAdam", format, "eager") for format in FORMATS),
-    Setting("BlockAdam", "checkpoint", "eager", "accumulation"),
+    Setting("BlockNadam", "checkpoint", "eager", "accumulation"),
     Setting("BlockRMSprop", "weights", "eager", "mixed_float16"),
     Setting("SPAM", "backup", "eager", "ema"),
     Setting("BlockAdam", "keras", "xla", "skip"),
