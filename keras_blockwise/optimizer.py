@@ -67,9 +67,9 @@ class BlockwiseOptimizer(Execution):
         momentum_dtype: The dtype of the momentum. Defaults to that of the
             variable.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
-            XLA. `"auto"` does so wherever the device can; a step that `apply`
-            takes by itself only when there have been many of the same
-            variables.
+            XLA. `"auto"` does so where the device can and it pays: not for
+            small variables in a graph that Keras does not compile, nor for
+            the first steps that `apply` takes by itself.
         skip_nonfinite: Boolean. Whether to leave out a step whose gradient has
             an infinity or a NaN; see `BlockAdam`.
         learning_rate_multipliers: A mapping from the path of a variable, or a

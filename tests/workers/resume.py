@@ -33,7 +33,7 @@ from helpers.tensorflow import strategy_of
 OPTIMIZERS = {
     "BlockAdam": (kb.BlockAdam, {"amsgrad": True, "weight_decay": 0.01}),
     "AdamMini": (kb.AdamMini, {"momentum_dtype": "bfloat16"}),
-    "BlockNadam": (kb.BlockNadam, {"skip_nonfinite": True}),
+    "BlockNadam": (kb.BlockNadam, {"weight_decay": 0.01}),
     "BAGM": (kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
     "BAG": (kb.BAG, {"blocking": "model"}),
     "BlockRMSprop": (kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),

@@ -8,10 +8,11 @@ import tensorflow as tf
 import keras_blockwise as kb
 from helpers.arrays import assert_near
 from helpers.arrays import to_numpy
-from helpers.cases import each_class
+from helpers.cases import LAST_OF_CLASS
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
+from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.programs import compiled_functions
 from helpers.programs import indices_of_calls
@@ -50,7 +51,7 @@ def train_all(optimizer, wrap):
 
 
 @pytest.mark.parametrize("blocking", ["output_unit", "layer"])
-@each_class
+@some_quick(LAST_OF_CLASS)
 def test_two_calls_have_the_numbers_of_one(case, blocking):
     one, two = [
         case.make(blocking=blocking, weight_decay=0.1, jit_compile=True)
@@ -114,7 +115,7 @@ def test_vectors_are_joined():
     assert joined(BAGM(), 16, 4096) == []
 
 
-@each_class
+@some_quick(LAST_OF_CLASS)
 def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
     """The three ways in turn: in a graph, the gradients are others."""
     shapes = dict(list(SHAPES.items())[:28])
