@@ -18,6 +18,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from benchmarks import contestants
 from benchmarks import first_steps
 from benchmarks import goals
 from benchmarks import models
@@ -76,9 +77,9 @@ def judge(results: dict[str, Any], numbers: list[int]) -> list[goals.Verdict]:
         for case, result in results.items()
     }
     ratios = {
-        f"{name}, {case}": calls[case][name] / calls[case][peers.ADAM]
+        f"{name}, {case}": calls[case][name] / calls[case][contestants.ADAM]
         for case in calls
-        for name in peers.OURS
+        for name in contestants.OURS
     }
     verdicts = [goals.judge(goals.FIRST_CALL, ratios)]
     if len(numbers) > 1:
@@ -86,7 +87,7 @@ def judge(results: dict[str, Any], numbers: list[int]) -> list[goals.Verdict]:
         last, middle = calls[of_count(most)], calls[of_count(fewer)]
         growth = {
             name: last[name] / middle[name] / (most / fewer)
-            for name in peers.OURS
+            for name in contestants.OURS
         }
         verdicts.append(goals.judge(goals.LINEAR, growth))
     return verdicts
@@ -126,7 +127,7 @@ def main() -> None:
     rows = []
     panels: dict[str, report.Bars] = {}
     for case, result in results.items():
-        adam = timing.medians(result[peers.ADAM])
+        adam = timing.medians(result[contestants.ADAM])
         panels[case] = {}
         for name in OPTIMIZERS:
             seconds = timing.medians(result[name])
@@ -144,7 +145,7 @@ def main() -> None:
             panels[case][name] = (
                 seconds["first call"],
                 f"{ratio:.2f}×",
-                name in peers.OURS,
+                name in contestants.OURS,
             )
     title = "First calls"
     columns = (

@@ -20,10 +20,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 import keras_blockwise as kb
+from benchmarks import contestants
 from benchmarks import fit
 from benchmarks import goals
 from benchmarks import models
-from benchmarks import peers
 from benchmarks import processes
 from benchmarks import report
 from benchmarks.goals import Goal
@@ -31,7 +31,7 @@ from benchmarks.goals import Goal
 # The blocks that are chosen by default do not matter here.
 warnings.filterwarnings("ignore", "Names and shapes allow more than one")
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
-    peers.ADAM: keras.optimizers.Adam,
+    contestants.ADAM: keras.optimizers.Adam,
     "BlockAdam": kb.BlockAdam,
     "BAGM": kb.BAGM,
 }
@@ -198,10 +198,10 @@ def judge(cases: Sequence[Case], results: Results) -> list[goals.Verdict]:
     for case in cases:
         found = results[case.title]
         for number, goal in case.goals.items():
-            for name in peers.OURS:
+            for name in contestants.OURS:
                 value = found[name][number]
                 if goal is not goals.NO_PROGRAM:
-                    value /= found[peers.ADAM][number]
+                    value /= found[contestants.ADAM][number]
                 ratios.setdefault(goal, {})[f"{name}, {case.title}"] = value
     return [goals.judge(goal, values) for goal, values in ratios.items()]
 
@@ -209,7 +209,7 @@ def judge(cases: Sequence[Case], results: Results) -> list[goals.Verdict]:
 def make_table(results: Results) -> Table:
     rows = []
     for title, found in results.items():
-        adam = found[peers.ADAM]
+        adam = found[contestants.ADAM]
         for name, numbers in found.items():
             cells = []
             for number, text in (("seconds", "{:.1f}"), ("bytes", "{:.0f}")):

@@ -25,13 +25,13 @@ from keras import layers
 from rich.progress import Progress
 
 import keras_blockwise as kb
+from benchmarks import contestants
 from benchmarks import goals
-from benchmarks import peers
 from benchmarks import report
 from benchmarks import timing
 
 SGD = "Keras SGD Nesterov"
-OPTIMIZERS = (peers.ADAM, SGD, *peers.OURS)
+OPTIMIZERS = (contestants.ADAM, SGD, *contestants.OURS)
 VOCABULARY = 1000
 
 
@@ -133,7 +133,7 @@ class Clock(keras.callbacks.Callback):
 def make_optimizers(model: keras.Model) -> dict[str, Any]:
     blocking = kb.Blocking.from_model(model)
     return {
-        peers.ADAM: keras.optimizers.Adam(1e-3),
+        contestants.ADAM: keras.optimizers.Adam(1e-3),
         SGD: keras.optimizers.SGD(1e-3, momentum=0.9, nesterov=True),
         "BlockAdam": kb.BlockAdam(1e-3, blocking=blocking),
         "BAGM": kb.BAGM(1e-3, blocking=blocking),
@@ -203,9 +203,11 @@ def main() -> None:
         panels[name] = {}
         for optimizer in OPTIMIZERS:
             value = statistics.median(seconds[optimizer])
-            by_adam = timing.ratio(seconds[optimizer], seconds[peers.ADAM])
+            by_adam = timing.ratio(
+                seconds[optimizer], seconds[contestants.ADAM]
+            )
             by_sgd = timing.ratio(seconds[optimizer], seconds[SGD])
-            if optimizer in peers.OURS:
+            if optimizer in contestants.OURS:
                 ratios[f"{optimizer}, {name}"] = by_adam.mean
             rows.append(
                 (
@@ -219,7 +221,7 @@ def main() -> None:
             panels[name][optimizer] = (
                 1000 * value,
                 f"{by_adam.mean:.2f}×",
-                optimizer in peers.OURS,
+                optimizer in contestants.OURS,
             )
     title = f"model.fit, batches of {BATCH}"
     columns = ("model", "optimizer", "ms", "/ Adam", "/ SGD")

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from benchmarks.peers import ADAM
-from benchmarks.peers import ADAM_MINI
-from benchmarks.peers import ADAMW
-from benchmarks.peers import FLOOR
-from benchmarks.peers import Contestant
+from benchmarks.contestants import ADAM
+from benchmarks.contestants import ADAM_MINI
+from benchmarks.contestants import ADAMW
+from benchmarks.contestants import FLOOR
+from benchmarks.contestants import Contestant
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ NO_PROGRAM = Goal("equal models, compiled programs", 0.0)
 OTHER_LAYERS = Goal("steps of other layers / Keras Adam's", 2.0)
 SHAPES = Goal("worst shape / Keras Adam", 1.1, 0.8)
 MANY = Goal("200 variables of 100 / Keras Adam", 1.0, 0.5)
+TORCH_STEP = Goal("step with PyTorch / Keras Adam", 1.2)
 REPLICAS = Goal("two replicas / Keras Adam", 0.6, 0.4)
 
 

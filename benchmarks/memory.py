@@ -19,6 +19,7 @@ import keras
 import tensorflow as tf
 
 import keras_blockwise as kb
+from benchmarks import contestants
 from benchmarks import goals
 from benchmarks import models
 from benchmarks import peers
@@ -31,7 +32,7 @@ ALLOCATION = re.compile(r"allocation \d+: size (\d+), (.*)")
 
 
 def make_optimizer(name: str) -> Any:
-    if name == peers.ADAM:
+    if name == contestants.ADAM:
         return keras.optimizers.Adam()
     cls, scheme, *dtype = name.split()
     arguments = {"momentum_dtype": dtype[0]} if dtype else {}
@@ -92,17 +93,19 @@ def main() -> None:
     )
     report.add_list(parser, "--schemes", peers.SCHEMES)
     args = parser.parse_args()
-    names = [f"{cls} {scheme}" for cls in peers.OURS for scheme in args.schemes]
+    names = [
+        f"{cls} {scheme}" for cls in contestants.OURS for scheme in args.schemes
+    ]
     names += [f"{name} {BFLOAT16}" for name in names]
     results = {}
     with timing.progress_bar() as progress:
         for name in progress.track(
-            [peers.ADAM, *names], description=args.model
+            [contestants.ADAM, *names], description=args.model
         ):
             results[name] = processes.dumping(measure, args.model, name)
     parameters = 4 * models.size(models.MODELS[args.model]())
     states = {
-        name: result["state"] / results[peers.ADAM]["state"]
+        name: result["state"] / results[contestants.ADAM]["state"]
         for name, result in results.items()
     }
     buffers = {n: r["buffers"] / parameters for n, r in results.items()}
@@ -155,7 +158,7 @@ def main() -> None:
         "state: share of Adam's; step: share of the bytes of the parameters",
         {
             title: {
-                name: (value, f"{value:.3f}", name != peers.ADAM)
+                name: (value, f"{value:.3f}", name != contestants.ADAM)
                 for name, value in values.items()
             }
             for title, values in panels.items()

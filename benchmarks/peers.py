@@ -9,44 +9,25 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
-from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 import keras_blockwise as kb
+from benchmarks.contestants import ADAM
+from benchmarks.contestants import ADAM_MINI
+from benchmarks.contestants import ADAMW
+from benchmarks.contestants import COPY
+from benchmarks.contestants import FLOOR
+from benchmarks.contestants import OPTAX
+from benchmarks.contestants import Contestant
 from benchmarks.models import Specs
 
 # It takes a loop that makes functions for one that traces them again.
 tf.get_logger().setLevel("ERROR")
 
 Step = Callable[[], object]
-
-
-class Contestant(NamedTuple):
-    """Who takes the step, and how.
-
-    Args:
-        name: The optimizer, with its blocks if it is one of ours.
-        mode: `"compiled"` by XLA or by its authors, `"graph"` or `"eager"`.
-    """
-
-    name: str
-    mode: str
-
-    @property
-    def is_ours(self) -> bool:
-        return self.name.startswith(OURS)
-
-
-OURS = ("BlockAdam", "BAGM")
-ADAM = "Keras Adam"
-ADAMW = "PyTorch AdamW, fused"
-FLOOR = "PyTorch SGD Nesterov, fused"
-ADAM_MINI = "adam_mini"
-OPTAX = "optax adam"
-COPY = "copy"
 
 # The module that a peer needs, beside Keras itself.
 PEERS = {"optax": "optax", "torch": "torch", "adam_mini": "adam_mini"}

@@ -15,13 +15,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from benchmarks import contestants
 from benchmarks import goals
 from benchmarks import models
 from benchmarks import peers
 from benchmarks import report
 from benchmarks import timing
+from benchmarks.contestants import Contestant
 from benchmarks.models import Specs
-from benchmarks.peers import Contestant
 
 SIDES = (8, 25, 79, 250, 790, 2500)
 COUNTS = (10, 30, 100, 200, 500, 1000)
@@ -54,7 +55,7 @@ def mirrored_steps(specs: Specs, schemes: list[str], replicas: int) -> Steps:
     steps: Steps = {}
     with strategy.scope():
         variables = models.make_variables(specs, arrays)
-        optimizers = {peers.ADAM: keras.optimizers.Adam(1e-3)}
+        optimizers = {contestants.ADAM: keras.optimizers.Adam(1e-3)}
         optimizers.update(peers.our_optimizers(schemes))
         for name, optimizer in optimizers.items():
             optimizer.build(variables)
@@ -91,7 +92,7 @@ def judge(
     number, goal = judged[over]
     at = seconds[number]
     ratios = {
-        f"{c.name}, {c.mode}": at[c] / at[Contestant(peers.ADAM, c.mode)]
+        f"{c.name}, {c.mode}": at[c] / at[Contestant(contestants.ADAM, c.mode)]
         for c in at
         if c.is_ours
     }
@@ -141,7 +142,7 @@ def main() -> None:
         panel = bars.setdefault(f"{number} {args.over}", {})
         for contestant, value in values.items():
             name, mode = contestant
-            ratio = value / values[Contestant(peers.ADAM, mode)]
+            ratio = value / values[Contestant(contestants.ADAM, mode)]
             samples = times[number][contestant]
             rows.append(
                 (

@@ -9,6 +9,7 @@ Each shape is repeated until there are four million parameters, or 64 variables.
 import argparse
 import math
 
+from benchmarks import contestants
 from benchmarks import goals
 from benchmarks import models
 from benchmarks import peers
@@ -84,7 +85,7 @@ def main() -> None:
     bars: report.Bars = {}
     for name, values in times.items():
         seconds = timing.medians(values)
-        adam = seconds.pop(peers.ADAM)
+        adam = seconds.pop(contestants.ADAM)
         of_shape = {key: value / adam for key, value in seconds.items()}
         ratios.update({f"{key} {name}": r for key, r in of_shape.items()})
         rows.append(

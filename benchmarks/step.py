@@ -9,12 +9,13 @@ least is compared with the bandwidth of a plain copy, measured in the same
 rounds. Peers that are not installed are left out.
 """
 
+from benchmarks import contestants
 from benchmarks import models
 from benchmarks import peers
 from benchmarks import report
 from benchmarks import timing
+from benchmarks.contestants import Contestant
 from benchmarks.goals import judge_steps
-from benchmarks.peers import Contestant
 
 
 def make_steps(
@@ -59,7 +60,7 @@ def main() -> None:
         )
     seconds = timing.medians(times)
     size = models.size(models.MODELS[args.model]())
-    copied = 8 * size / seconds[Contestant(peers.COPY, "")] / 1e9
+    copied = 8 * size / seconds[Contestant(contestants.COPY, "")] / 1e9
     rows = []
     results = []
     panels: dict[str, report.Bars] = {}
@@ -67,7 +68,7 @@ def main() -> None:
         name, mode = contestant
         moved = peers.bytes_per_parameter(name)
         bandwidth = moved * size / value / 1e9
-        reference = seconds.get(Contestant(peers.ADAM, mode))
+        reference = seconds.get(Contestant(contestants.ADAM, mode))
         ratio = "" if reference is None else f"{value / reference:.2f}"
         rows.append(
             (

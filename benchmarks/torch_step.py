@@ -5,16 +5,16 @@
 Keras's own optimizers update all variables in calls of `torch._foreach`.
 """
 
-import argparse
 from collections.abc import Callable
 
 import keras
-from rich.console import Console
-from rich.table import Table
 
 import keras_blockwise as kb
+from benchmarks import goals
 from benchmarks import models
+from benchmarks import report
 from benchmarks import timing
+from benchmarks.contestants import ADAM
 
 # Layers of one size, with biases or without.
 MODELS = {
@@ -24,7 +24,6 @@ MODELS = {
     "large": [(f"dense_{i}/kernel", (1024, 1024)) for i in range(24)],
     "tiny": models.tiny(),
 }
-ADAM = "Keras Adam"
 OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
     ADAM: lambda: keras.optimizers.Adam(),
     "BlockAdam, output_unit": lambda: kb.BlockAdam(),
@@ -46,33 +45,37 @@ def make_step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--models", default="small,large")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = report.make_parser(__doc__ or "", rounds=15)
+    report.add_list(parser, "--models", tuple(MODELS), tuple(MODELS)[:-1])
     args = parser.parse_args()
-    table = Table(title=f"A step with {keras.backend.backend()}")
-    for column in ("variables", "optimizer", "ms", "±", f"of {ADAM}"):
-        table.add_column(column)
+    rows, results, ratios = [], {}, {}
+    panels: dict[str, report.Bars] = {}
     with timing.progress_bar() as progress:
-        for model in args.models.split(","):
+        for model in args.models:
             steps = {
                 name: make_step(MODELS[model], make)
                 for name, make in OPTIMIZERS.items()
             }
             times = timing.interleave_steps(steps, args.rounds, progress, model)
+            results[model] = times
+            panels[model] = {}
             medians = timing.medians(times)
             for name, seconds in medians.items():
-                table.add_row(
-                    model,
-                    name,
-                    f"{1e3 * seconds:.2f}",
-                    timing.spread(times[name]),
-                    f"{seconds / medians[ADAM]:.2f}",
-                )
-    Console().print(table)
+                ratio = seconds / medians[ADAM]
+                if name != ADAM:
+                    ratios[f"{name}, {model}"] = ratio
+                spread = timing.spread(times[name])
+                bar = 1e3 * seconds, f"{ratio:.2f}×", name != ADAM
+                panels[model][name] = bar
+                cells = f"{1e3 * seconds:.2f}", spread, f"{ratio:.2f}"
+                rows.append((f"{model}: {name}", *cells))
+    columns = ("variables", "ms", "±", f"/ {ADAM}")
+    title = f"A step with {keras.backend.backend()}"
+    report.console.print(report.make_table(title, columns, rows))
+    path = args.output / "torch_step.json"
+    report.save(path, args, results, [goals.judge(goals.TORCH_STEP, ratios)])
+    label = f"median ms of a step (× {ADAM})"
+    report.draw_bars(path.with_suffix(".png"), title, label, panels)
 
 
 if __name__ == "__main__":

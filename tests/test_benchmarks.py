@@ -7,6 +7,7 @@ import pytest
 from rich.progress import Progress
 
 import keras_blockwise as kb
+from benchmarks import contestants
 from benchmarks import first_steps
 from benchmarks import goals
 from benchmarks import memory
@@ -15,7 +16,7 @@ from benchmarks import peers
 from benchmarks import report
 from benchmarks import shapes
 from benchmarks import timing
-from benchmarks.peers import Contestant
+from benchmarks.contestants import Contestant
 
 pytestmark = pytest.mark.tensorflow
 
@@ -104,8 +105,8 @@ def test_the_worst_ratio_is_judged(worst, word):
 
 def test_goals_divide_within_a_mode():
     seconds = {
-        Contestant(peers.ADAM, "compiled"): 2.0,
-        Contestant(peers.FLOOR, "compiled"): 1.0,
+        Contestant(contestants.ADAM, "compiled"): 2.0,
+        Contestant(contestants.FLOOR, "compiled"): 1.0,
         Contestant("BlockAdam layer", "compiled"): 1.0,
         Contestant("BlockAdam layer", "eager"): 9.0,
         Contestant("BAGM layer", "compiled"): 1.5,
@@ -125,7 +126,7 @@ def test_first_steps_are_judged():
         *("MobileNetV2", "tiny"),
     ]
     numbers = {
-        peers.ADAM: (2.0, 4e6, 5),
+        contestants.ADAM: (2.0, 4e6, 5),
         "BlockAdam": (3.0, 8e6, 0),
         "BAGM": (1.0, 4e6, 7),
     }

@@ -85,16 +85,24 @@ def restarted_accumulator(
 def restarted_momentum(
     momentum: Momentum, every: int, corrections_too: bool, warmup: int
 ) -> Momentum:
-    """The same for a momentum, whose direction is short after a reset."""
+    """The same for a momentum, whose direction is short after a reset.
+
+    A factor of it rises along a cosine, from 0.01 at the reset to 1.
+    """
+    # A table: on JAX, Keras computes the cosine of float64 in float32.
+    angles = np.arange(warmup) * (np.pi / (warmup + 1))
+    factors = np.append(1.0 - 0.495 * (1.0 + np.cos(angles)), 1.0)
 
     def at(t: Tensor) -> Update:
-        update = momentum.at(
-            number_in_round(t, every) if corrections_too else t
-        )
+        n = number_in_round(t, every) if corrections_too else t
+        update, past = momentum.at(n), kept(t, every)
+        since = ops.where(t < every, every, since_reset(t, every))
+        now = ops.cast(ops.minimum(since, warmup), "int32")
+        factor = ops.take(ops.cast(factors, t.dtype), now)
 
         def restarted(m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            m, direction = update(kept(t, every) * m, x)
-            return m, direction * warmed_up(t, every, warmup)
+            m, direction = update(past * m, x)
+            return m, direction * factor
 
         return restarted
 
@@ -115,13 +123,3 @@ def number_in_round(t: Tensor, every: int) -> Tensor:
 def kept(t: Tensor, every: int) -> Tensor:
     """What remains of the past: 0 at a reset, else 1."""
     return ops.cast(since_reset(t, every) > 0.0, t.dtype)
-
-
-def warmed_up(t: Tensor, every: int, warmup: int) -> Tensor:
-    """A factor of the step, from 0.01 at a reset to 1, along a cosine."""
-    # A table: on JAX, Keras computes the cosine of float64 in float32.
-    angles = np.arange(warmup) * (np.pi / (warmup + 1))
-    factors = np.append(1.0 - 0.495 * (1.0 + np.cos(angles)), 1.0)
-    since = ops.where(t < every, every, since_reset(t, every))
-    now = ops.cast(ops.minimum(since, warmup), "int32")
-    return ops.take(ops.cast(factors, t.dtype), now)

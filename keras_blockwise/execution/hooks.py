@@ -30,13 +30,8 @@ Written = tuple[Batch, list[Variable]]
 class KerasHooks(keras.optimizers.Optimizer):
     """A Keras optimizer that updates all of its variables together.
 
-    `plain` and `tensorflow` have the hooks that differ between backends.
-
-    Args:
-        learning_rate: As in `keras.optimizers.Optimizer`.
-        jit_compile: As in `BlockwiseOptimizer`.
-        skip_nonfinite: As in `BlockwiseOptimizer`.
-        **kwargs: As in `keras.optimizers.Optimizer`.
+    `plain` and `tensorflow` have the hooks that differ between backends. The
+    arguments are those of `BlockwiseOptimizer`.
     """
 
     block_state: Storage
@@ -210,13 +205,18 @@ class KerasHooks(keras.optimizers.Optimizer):
             return 0.0
         return float(self.weight_decay)
 
+    @property
+    def _counters(self) -> list[Variable]:
+        """What `_count` writes to; nothing unless steps may be left out."""
+        counters = [self._iterations, self.skipped_steps]
+        return counters if self.skip_nonfinite else []
+
     def _batch(self, indices: tuple[int, ...]) -> Written:
         """What a step of some variables writes."""
         state = self.block_state
-        counters = [self._iterations, self.skipped_steps]
         if indices not in state.batches:
             state.batches[indices] = state.batch(indices, self._weight_decay_of)
-        return state.batches[indices], counters if self.skip_nonfinite else []
+        return state.batches[indices], self._counters
 
     def _update(
         self,

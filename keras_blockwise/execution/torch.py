@@ -68,8 +68,7 @@ class TorchOptimizer(PlainOptimizer):
                 self.kernels,
                 lambda variable: variable.value,
             )
-            counters = [self._iterations, self.skipped_steps]
-            self._count(counters if self.skip_nonfinite else [], taken)
+            self._count(self._counters, taken)
 
     def _is_stateless(self) -> bool:
         """Whether Keras records what is assigned, and assigns nothing."""

@@ -291,7 +291,8 @@ def test_float8_variables_have_no_blocks():
 
 
 @pytest.mark.skipif(
-    not hasattr(keras.optimizers, "MultiOptimizer"), reason="an older Keras"
+    not hasattr(keras.optimizers, "MultiOptimizer"),
+    reason="this Keras has no `MultiOptimizer`",
 )
 def test_subsets_of_multi_optimizer(tmp_path):
     model = functional()

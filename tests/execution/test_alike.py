@@ -28,6 +28,10 @@ SHAPES = {
     "dense_9/kernel": (72, 64),
 }
 PATHS = list(SHAPES)
+of_pytorch = pytest.mark.skipif(
+    keras.backend.backend() != "torch",
+    reason="other backends update each variable by itself",
+)
 
 
 def train(make, parts=(PATHS,), dtype="float32", reverse=False):
@@ -110,7 +114,7 @@ def test_one_infinity_stops_them_all():
     assert int(optimizer.skipped_steps) == 1
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch's own")
+@of_pytorch
 def test_a_stack_is_written_at_once(monkeypatch):
     written = []
     monkeypatch.setattr(
@@ -123,7 +127,7 @@ def test_a_stack_is_written_at_once(monkeypatch):
     assert len(written) == 5 * 3
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch's own")
+@of_pytorch
 def test_a_stateless_step_leaves_the_variables_as_they_are():
     optimizer = kb.BAGM(0.1)
     variables = make_variables(SHAPES)

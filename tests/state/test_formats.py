@@ -120,7 +120,7 @@ def tf_checkpoint(model, folder):
 def orbax(model, folder):
     pytest.importorskip("orbax.checkpoint")
     if not hasattr(keras.callbacks, "OrbaxCheckpoint"):
-        pytest.skip("an older Keras")
+        pytest.skip("this Keras has no `OrbaxCheckpoint`")
     saves = keras.callbacks.OrbaxCheckpoint(str(folder))
     model.fit(*DATA, verbose=0, callbacks=[saves])
     return keras.models.load_model(str(folder))
