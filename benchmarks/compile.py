@@ -6,6 +6,9 @@
 The counts are of variables of 16 x 16 entries, which show whether the time
 grows faster than their number. `build`, which makes the state variables, is
 timed by itself, so that no work hides there.
+
+Then come the first steps of a process, by default of applications of Keras: see
+`first_steps`.
 """
 
 import gc
@@ -13,22 +16,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import tensorflow as tf
 
-import keras_blockwise as kb
+from benchmarks import first_steps
 from benchmarks import goals
 from benchmarks import models
 from benchmarks import peers
 from benchmarks import report
 from benchmarks import timing
+from benchmarks.first_steps import OPTIMIZERS
 from benchmarks.models import Specs
 
-OPTIMIZERS: dict[str, Callable[[], Any]] = {
-    peers.ADAM: keras.optimizers.Adam,
-    "BlockAdam": kb.BlockAdam,
-    "BAGM": kb.BAGM,
-}
 COUNTS = "10,30,100,300,1000"
 
 
@@ -106,6 +104,12 @@ def main() -> None:
     parser.add_argument(
         "--counts", type=counts, default=COUNTS, help="default: %(default)s"
     )
+    report.add_list(
+        parser,
+        "--networks",
+        first_steps.NETWORKS,
+        first_steps.NETWORKS[:-1],
+    )
     args = parser.parse_args()
     cases = {name: models.MODELS[name]() for name in args.models}
     for count in args.counts:
@@ -117,6 +121,8 @@ def main() -> None:
             case: measure(specs, args.rounds, progress, case)
             for case, specs in cases.items()
         }
+        firsts = first_steps.cases_of(args.networks)
+        numbers = first_steps.measure(firsts, progress)
     rows = []
     panels: dict[str, report.Bars] = {}
     for case, result in results.items():
@@ -151,7 +157,11 @@ def main() -> None:
     )
     report.console.print(report.make_table(title, columns, rows))
     path = args.output / "compile.json"
-    report.save(path, args, results, judge(results, args.counts))
+    verdicts = judge(results, args.counts)
+    if firsts:
+        report.console.print(first_steps.make_table(numbers))
+        verdicts += first_steps.judge(firsts, numbers)
+    report.save(path, args, {**results, "first steps": numbers}, verdicts)
     report.draw_bars(
         path.with_suffix(".png"),
         title,

@@ -11,11 +11,7 @@ the system, as the growth of the resident memory while steps are taken.
 import ctypes
 import gc
 import math
-import multiprocessing
-import os
 import re
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ import keras_blockwise as kb
 from benchmarks import goals
 from benchmarks import models
 from benchmarks import peers
+from benchmarks import processes
 from benchmarks import report
 from benchmarks import timing
 
@@ -50,23 +47,17 @@ def buffer_bytes(assignment: str) -> int:
     )
 
 
-def resident_bytes(field: str) -> int:
-    """`VmRSS`, or `VmHWM`, the most since it was reset."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
-
-
 def growth(step: peers.Step) -> int | None:
     """By how many bytes the process grows while it takes steps."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # What is free must not hide the growth.
-    before = resident_bytes("VmRSS")
+    before = processes.resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # Resets VmHWM.
     for _ in range(5):
         step()
-    return resident_bytes("VmHWM") - before
+    return processes.resident_bytes("VmHWM") - before
 
 
 def measure(model: str, name: str, dump: str) -> dict[str, Any]:
@@ -91,21 +82,6 @@ def measure(model: str, name: str, dump: str) -> dict[str, Any]:
     }
 
 
-def measure_alone(model: str, name: str) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as dump:
-        os.environ["XLA_FLAGS"] = (
-            f"{flags} --xla_dump_to={dump} --xla_dump_hlo_as_text"
-        )
-        try:
-            with ProcessPoolExecutor(1, context) as pool:
-                return pool.submit(measure, model, name, dump).result()
-        finally:
-            os.environ["XLA_FLAGS"] = flags
-
-
 def main() -> None:
     parser = report.make_parser(__doc__ or "")
     parser.add_argument(
@@ -123,7 +99,7 @@ def main() -> None:
         for name in progress.track(
             [peers.ADAM, *names], description=args.model
         ):
-            results[name] = measure_alone(args.model, name)
+            results[name] = processes.dumping(measure, args.model, name)
     parameters = 4 * models.size(models.MODELS[args.model]())
     states = {
         name: result["state"] / results[peers.ADAM]["state"]

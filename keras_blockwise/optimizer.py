@@ -67,9 +67,9 @@ class BlockwiseOptimizer(Execution):
         momentum_dtype: The dtype of the momentum. Defaults to that of the
             variable.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
-            XLA. `"auto"` does so wherever the device can; a step that `apply`
-            takes by itself only when there have been many of the same
-            variables.
+            XLA. `"auto"` does so where the device can and it pays: not for
+            small variables in a graph that Keras does not compile, nor for
+            the first steps that `apply` takes by itself.
         skip_nonfinite: Boolean. Whether to leave out a step whose gradient has
             an infinity or a NaN; see `BlockAdam`.
         learning_rate_multipliers: A mapping from the path of a variable, or a
@@ -94,12 +94,7 @@ class BlockwiseOptimizer(Execution):
         learning_rate_multipliers: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if type(self).update_step is not BlockwiseOptimizer.update_step:
-            raise TypeError(
-                f"{type(self).__name__} must not have `update_step`, which is "
-                "never called: all variables are updated together. Override "
-                "`rule`, or `apply` to change the gradients."
-            )
+        check_methods(type(self))
         check_choice("skip_nonfinite", skip_nonfinite, (True, False))
         check_choice("jit_compile", jit_compile, (True, False, "auto"))
         check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
@@ -326,6 +321,25 @@ class BlockwiseOptimizer(Execution):
             with saving.no_obstacle(self):
                 raise ValueError(NO_STATE_IN_H5)
         super().set_weights(weights)
+
+
+def check_methods(cls: Any) -> None:
+    """Raises an error if a subclass has a method that nobody would call."""
+    if cls.update_step is not BlockwiseOptimizer.update_step:
+        raise TypeError(
+            f"{cls.__name__} must not have `update_step`, which is never "
+            "called: all variables are updated together. Override `rule`, or "
+            "`apply` to change the gradients."
+        )
+    if hasattr(cls, "get_gradients"):
+        raise TypeError(
+            f"{cls.__name__} must not have `get_gradients`, by which Keras 2 "
+            "lets Horovod's `DistributedOptimizer` average the gradients, and "
+            "which Keras 3 never calls: each worker would train alone. Take "
+            f"the {cls.__name__} that is not wrapped, and average by "
+            "`hvd.DistributedGradientTape` or "
+            "`tf.distribute.MultiWorkerMirroredStrategy`."
+        )
 
 
 def add_multipliers(

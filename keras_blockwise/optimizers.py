@@ -53,7 +53,7 @@ class BlockAdam(BlockwiseOptimizer):
             to `None`, the dtype of the variable. The second moments are
             float32, or float64 for float64 variables.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
-            XLA. Defaults to `"auto"`: wherever the device can.
+            XLA. Defaults to `"auto"`: where the device can and it pays.
         **kwargs: `skip_nonfinite`, `learning_rate_multipliers`, and the other
             arguments of `keras.optimizers.Optimizer`: `weight_decay`,
             `clipnorm`, `use_ema`, ... With `skip_nonfinite=True`, a step whose
@@ -346,7 +346,7 @@ class BAGM(BlockwiseOptimizer):
             to `None`, the dtype of the variable. The second moments are
             float32, or float64 for float64 variables.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
-            XLA. Defaults to `"auto"`: wherever the device can.
+            XLA. Defaults to `"auto"`: where the device can and it pays.
         **kwargs: The other arguments of `keras.optimizers.Optimizer`:
             `weight_decay`, `clipnorm`, `use_ema`, ...
 
@@ -450,7 +450,7 @@ class BAG(BlockwiseOptimizer):
         blocking: What shares one accumulator: the name of a scheme, a tuple
             or a `keras_blockwise.Blocking`. Defaults to `"output_unit"`.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
-            XLA. Defaults to `"auto"`: wherever the device can.
+            XLA. Defaults to `"auto"`: where the device can and it pays.
         **kwargs: The other arguments of `keras.optimizers.Optimizer`:
             `weight_decay`, `clipnorm`, `use_ema`, ...
 
@@ -538,7 +538,7 @@ class BlockRMSprop(BlockwiseOptimizer):
             to `None`, the dtype of the variable. The averages are float32, or
             float64 for float64 variables.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
-            XLA. Defaults to `"auto"`: wherever the device can.
+            XLA. Defaults to `"auto"`: where the device can and it pays.
         **kwargs: The other arguments of `keras.optimizers.Optimizer`:
             `weight_decay`, `clipnorm`, `use_ema`, ...
 

@@ -35,6 +35,10 @@ VALUES = {
     "weight_decay": 0.5,
     "use_ema": True,
     "gradient_accumulation_steps": 2,
+    "spike_threshold": 0.5,
+    "reset_every": 200,
+    "reset_warmup": 50,
+    "reset_bias_correction": False,
 }
 ONCE = {"skip_nonfinite": True, "value": "variable"}
 EVER = {
@@ -70,7 +74,11 @@ def ends_of(optimizer):
 
 def test_every_argument_has_a_row():
     rows = {*VALUES, *ONCE, *EVER, *UNUSED}
-    others = {"name", "ema_momentum", "ema_overwrite_frequency"}
+    # The last has `test_multipliers`.
+    others = {
+        *("name", "ema_momentum", "ema_overwrite_frequency"),
+        "learning_rate_multipliers",
+    }
     assert set().union(*map(arguments_of, OPTIMIZERS)) <= rows | others
 
 

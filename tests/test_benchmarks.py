@@ -7,6 +7,7 @@ import pytest
 from rich.progress import Progress
 
 import keras_blockwise as kb
+from benchmarks import first_steps
 from benchmarks import goals
 from benchmarks import memory
 from benchmarks import models
@@ -114,6 +115,39 @@ def test_goals_divide_within_a_mode():
         (0.78, 0.75),
         (2.4, 1.5),
     ]
+
+
+def test_first_steps_are_judged():
+    """Seconds and bytes by those of Adam, programs by their number."""
+    cases = first_steps.cases_of(["tiny", "MobileNetV2"])
+    assert [case.network for case in cases] == [
+        *("tiny", "", "", "tiny"),
+        *("MobileNetV2", "tiny"),
+    ]
+    numbers = {
+        peers.ADAM: (2.0, 4e6, 5),
+        "BlockAdam": (3.0, 8e6, 0),
+        "BAGM": (1.0, 4e6, 7),
+    }
+    names = ("seconds", "bytes", "programs")
+    results = {
+        case.title: {
+            optimizer: {**dict(zip(names, values)), "growth": 1.0}
+            for optimizer, values in numbers.items()
+        }
+        for case in cases
+    }
+    verdicts = first_steps.judge(cases, results)
+    assert {v.goal: (v.best, v.worst) for v in verdicts} == {
+        goals.FIRST_STEP: (0.5, 1.5),
+        goals.OTHER_LAYERS: (0.5, 1.5),
+        goals.FIRST_FIT: (0.5, 1.5),
+        goals.FIRST_FIT_BYTES: (1.0, 2.0),
+        goals.EQUAL_MODELS: (1.0, 2.0),
+        goals.NO_PROGRAM: (0.0, 7.0),
+    }
+    assert first_steps.make_table(results).row_count == 3 * len(cases)
+    assert first_steps.cases_of([]) == []
 
 
 def test_buffers_that_are_no_arguments():

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "checks.py": "state/test_checks.py",
     "config.py": "test_damaged_config.py",
     "convert.py": "state/test_convert.py",
+    "multipliers.py": "test_multipliers.py",
     "tensorflow.py": "state/test_loading.py",
 }
 SHAPES = {"q/kernel": (32, 30), "q/bias": (30,)}
@@ -362,6 +363,15 @@ OTHERS = {
         TypeError,
         "Mine must not have `update_step`.*Override `rule`, or `apply`",
     ),
+    "Horovod": (
+        # It makes a subclass of the same name, and the optimizer anew.
+        lambda: type(
+            "BAG", (kb.BAG,), {"get_gradients": lambda self, loss, params: None}
+        ).from_config(kb.BAG().get_config()),
+        TypeError,
+        "BAG must not have `get_gradients`.*Horovod's.*each worker would train "
+        "alone.*average by `hvd.DistributedGradientTape`",
+    ),
     "update_step": (
         lambda: kb.BAG().update_step(1.0, *make_variables({"a/bias": ()}), 0.1),
         TypeError,
@@ -378,6 +388,13 @@ OTHERS = {
         lambda: setattr(built_with("layer"), "epsilon", 1.0),
         AttributeError,
         "`epsilon` must be given to the constructor: BAGM.*: epsilon=1.0. Make",
+    ),
+    "multipliers without the argument": (
+        lambda: setattr(
+            built_with("layer"), "learning_rate_multipliers", {"a": 1.0}
+        ),
+        ValueError,
+        "`learning_rate_multipliers`.*constructor.*Received: ",
     ),
     "base class": (
         lambda: BlockwiseOptimizer(0.1, blocking="layer").rule(),

@@ -17,6 +17,7 @@ from helpers.arrays import to_numpy
 from helpers.cases import CASES
 from helpers.cases import each_case
 from helpers.cases import make_variables
+from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.models import mlp
 from helpers.saving import dtype_policy
@@ -27,12 +28,10 @@ from helpers.training import train_by_hand
 
 LR = 0.0625
 SHAPES = {"dense/kernel": (3, 2), "dense/bias": (2,)}
-# Training a model is slow: the first row of every optimizer stands for all.
+# Training a model takes seconds: the first row of a class stands for all.
 MODEL_CASES = list({case.cls: case for case in reversed(CASES)}.values())
 
-each_model_case = pytest.mark.parametrize(
-    "case", MODEL_CASES, ids=lambda case: case.id
-)
+each_model_case = some_quick(MODEL_CASES)
 
 
 def make(case, learning_rate=LR, **kwargs):

@@ -22,10 +22,12 @@ from helpers.cases import SHAPES
 from helpers.cases import each_case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
+from helpers.cases import some_quick
 from helpers.training import eager
 from helpers.training import graph
 from helpers.training import train
 
+BACKEND = keras.backend.backend()
 STEPS = 20
 LEARNING_RATE = 2.0**-5
 TOLERANCES = {"float64": 1e-13, "float32": 2e-6}
@@ -35,10 +37,9 @@ each_reduction = pytest.mark.parametrize(
     "case", REDUCTIONS, ids=lambda case: case.id
 )
 # The last row of each class has all of its statistics.
+BY_CLASS = list({case.cls: case for case in REDUCTIONS}.values())
 each_class = pytest.mark.parametrize(
-    "case",
-    {case.cls: case for case in REDUCTIONS}.values(),
-    ids=lambda case: case.cls.__name__,
+    "case", BY_CLASS, ids=lambda case: case.cls.__name__
 )
 
 
@@ -97,7 +98,7 @@ def test_equals_keras(case, dtype):
     assert_equal(pair(case), dtype)
 
 
-@each_class
+@some_quick(BY_CLASS)
 def test_compiled_equals_keras(case):
     ours, theirs = pair(case)
     ours.jit_compile = True
@@ -155,7 +156,7 @@ each_option = pytest.mark.parametrize(
 )
 
 
-@each_class
+@some_quick(BY_CLASS)
 @each_option
 def test_option_equals_keras(case, options):
     with_option = assert_equal(pair(case, **options))
@@ -173,7 +174,7 @@ def test_option_compiled_and_eager_equals_keras(options):
     assert_equal((ours, theirs), wrap=eager)
 
 
-@each_class
+@some_quick(BY_CLASS)
 def test_exclude_from_weight_decay_equals_keras(case):
     optimizers = pair(case, weight_decay=0.5)
     for optimizer in optimizers:
@@ -189,7 +190,7 @@ def test_exclude_from_weight_decay_equals_keras(case):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@each_class
+@some_quick(BY_CLASS)
 def test_missing_gradients_equal_keras(case):
     gradients = make_gradients(STEPS)
     for step, given in enumerate(gradients):
@@ -209,6 +210,8 @@ def test_constraint_equals_keras(case):
 @each_class
 @pytest.mark.parametrize("wrap", [eager, graph])
 def test_loss_scale_optimizer_equals_keras(case, wrap):
+    if case.keras_cls is keras.optimizers.Nadam and BACKEND == "jax":
+        pytest.skip("in a branch, JAX loses the `_u_product` of Keras's Nadam")
     gradients = make_gradients(STEPS)
     gradients[5][1] = gradients[5][1] + np.inf  # This step is left out.
     assert_equal(
@@ -262,7 +265,7 @@ def test_bagm_of_signs_is_sgd(momentum, nesterov, accumulator, scheme):
 )
 def test_without_blocks_bagm_is_sgd(momentum, nesterov, wrap):
     options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": 0.5}
-    rate = keras.optimizers.schedules.ExponentialDecay(0.5, 3, 0.5)
+    rate = OPTIONS["schedule"]["learning_rate"]
     optimizer = kb.BAGM(rate, blocking="none", jit_compile=False, **options)
     ours, theirs = (
         named_results(optimizer, make_variables(dtype="float64"), wrap=wrap)

@@ -57,6 +57,7 @@ def test_rows():
             "group": "mlp/hidden",
             "state_bytes": 4 * 12 + 4,
             "adam_bytes": 8 * 12,
+            "multiplier": None,
         },
         {
             "path": "mlp/hidden/bias",
@@ -68,6 +69,7 @@ def test_rows():
             "group": "mlp/hidden",
             "state_bytes": 4 * 3,
             "adam_bytes": 8 * 3,
+            "multiplier": None,
         },
         {
             "path": "mlp/out/kernel",
@@ -79,6 +81,7 @@ def test_rows():
             "group": None,
             "state_bytes": 4 * 6 + 4 * 2,
             "adam_bytes": 8 * 6,
+            "multiplier": None,
         },
         {
             "path": "mlp/out/bias",
@@ -90,6 +93,7 @@ def test_rows():
             "group": "mlp/out",
             "state_bytes": 4 * 2 + 4,
             "adam_bytes": 8 * 2,
+            "multiplier": None,
         },
     ]
     assert report.optimizer == "BlockAdam"

@@ -33,7 +33,7 @@ def spike_limit(threshold: float, every: int) -> Limit:
 
     def limit(t: Tensor, v: Tensor) -> Tensor:
         # Where v is 0, it would stay 0, and the weights where they are.
-        unknown = ops.logical_or(ops.mod(t, every) < GUARD, v <= 0.0)
+        unknown = ops.logical_or(since_reset(t, every) < GUARD, v <= 0.0)
         return ops.where(unknown, math.inf, ops.sqrt(threshold * v))
 
     return limit
@@ -101,14 +101,20 @@ def restarted_momentum(
     return Momentum(at)
 
 
+def since_reset(t: Tensor, every: int) -> Tensor:
+    """How many steps ago the last reset was, or the start."""
+    # The dtype of a plain number would depend on `floatx`.
+    return ops.mod(t, ops.cast(every, t.dtype))
+
+
 def number_in_round(t: Tensor, every: int) -> Tensor:
     """1, 2, ..., at first and again from each reset on."""
-    return ops.where(t < every, t, ops.mod(t, every) + 1.0)
+    return ops.where(t < every, t, since_reset(t, every) + 1.0)
 
 
 def kept(t: Tensor, every: int) -> Tensor:
     """What remains of the past: 0 at a reset, else 1."""
-    return ops.cast(ops.mod(t, every) > 0.0, t.dtype)
+    return ops.cast(since_reset(t, every) > 0.0, t.dtype)
 
 
 def warmed_up(t: Tensor, every: int, warmup: int) -> Tensor:
@@ -116,6 +122,6 @@ def warmed_up(t: Tensor, every: int, warmup: int) -> Tensor:
     # A table: on JAX, Keras computes the cosine of float64 in float32.
     angles = np.arange(warmup) * (np.pi / (warmup + 1))
     factors = np.append(1.0 - 0.495 * (1.0 + np.cos(angles)), 1.0)
-    since = ops.where(t < every, every, ops.mod(t, every))
+    since = ops.where(t < every, every, since_reset(t, every))
     now = ops.cast(ops.minimum(since, warmup), "int32")
     return ops.take(ops.cast(factors, t.dtype), now)

@@ -10,16 +10,14 @@ mean over a block:
     m, x = momentum(m, g); direction = step_size * x  or of g itself
     w <- w - learning_rate * weight_decay * w - direction
 
-Multipliers are factors of the learning rate of single variables, wherever it
-stands. `v` and `step_size` are numbers of a block, `m` and `w` of an entry.
-Without blocks, `step_size = learning_rate`. The forms of `v` and `root` are in
-`second_moment`, those of the coefficients in `accumulators` and `momentum`;
-what may be cut off from g first, in `spikes`. Blockwise adaptivity: Zheng &
-Kwok 2019, arXiv:1905.09899.
+`v` and `step_size` are numbers of a block, `m` and `w` of an entry. Without
+blocks, `step_size = learning_rate`. A multiplier is a factor of the learning
+rate of one variable. The forms of `v` and `root` are in `second_moment`, those
+of the coefficients in `accumulators` and `momentum`; what may be cut off from g
+first, in `spikes`. Blockwise adaptivity: Zheng & Kwok 2019, arXiv:1905.09899.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -215,11 +213,10 @@ def multiplier_of(unit: Weights, multipliers: Tensor | None) -> Tensor | None:
     """
     if multipliers is None:
         return None
-    multipliers = ops.cast(multipliers, unit.dtype)
-    if len(unit.indices) == 1:
-        return multipliers[unit.indices[0]]
-    sizes = [math.prod(p.shape) for p in unit.partitions]
-    return ops.take(multipliers, np.repeat(unit.indices, sizes))
+    multipliers, number = ops.cast(multipliers, unit.dtype), unit.variable_of
+    if np.ndim(number):
+        return ops.take(multipliers, number)
+    return multipliers[number]
 
 
 def averaged(
@@ -315,6 +312,8 @@ def entry_step(
     g, w, *state = (ops.cast(x, at.learning_rate.dtype) for x in entries)
     learning_rate = at.learning_rate
     if multiplier is not None:
+        if len(multiplier.shape):
+            multiplier = reshape(multiplier, w.shape)
         learning_rate = learning_rate * multiplier
         step_size = step_size * multiplier
     m = state[0] if state else None

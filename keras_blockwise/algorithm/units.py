@@ -63,7 +63,8 @@ class Weights(NamedTuple):
 
     Args:
         dtype: As in `Accumulators`.
-        indices: Where they are among all variables of the optimizer.
+        variable_of: The number of the variable, among all of the optimizer; of
+            each entry if there are several.
         positions: Where their gradients are in the list of gradients.
         partitions: Their blocks.
         weight_decay: Their decoupled weight decay, of each entry if it differs.
@@ -72,7 +73,7 @@ class Weights(NamedTuple):
     """
 
     dtype: str
-    indices: tuple[int, ...]
+    variable_of: int | np.ndarray
     positions: tuple[int, ...]
     partitions: tuple[Partition, ...]
     weight_decay: float | np.ndarray

@@ -63,8 +63,8 @@ class Row(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Row":
-        def field(name: str, rule: str, is_right: Callable[[Any], bool]) -> Any:
-            return read(config, "a row of a blocking", name, rule, is_right)
+        def field(name: str, rule: str, is_valid: Callable[[Any], bool]) -> Any:
+            return read(config, "a row of a blocking", name, rule, is_valid)
 
         def string(name: str) -> Any:
             return field(name, "a string", is_string)
@@ -247,7 +247,7 @@ class Blocking:
             misfit = ""
         rows, guesses = self._choose(weights, infer(weights), [])
         if guesses and self.exact:
-            raise ValueError(STRANGERS.format(describe(guesses)))
+            raise ValueError(NOT_IN_MODEL.format(describe(guesses)))
         if misfit:
             warnings.warn(
                 f"The saved blocks do not fit these variables: {misfit}. The "
@@ -265,9 +265,9 @@ class Blocking:
         meanings: Sequence[Meaning],
         other_paths: Sequence[str],
     ) -> tuple[tuple[Row, ...], list[tuple[str, Row]]]:
-        """The blocks of variables, and those of them that may be wrong."""
+        """The blocks of each variable, and those of them that are ambiguous."""
         rows = []
-        doubtful = []
+        ambiguous = []
         rules = match_keys("rules", self.rules, weights, other_paths)
         for weight, meaning, rule in zip(weights, meanings, rules):
             scheme = self.scheme if rule is None else self.rules[rule]
@@ -287,8 +287,8 @@ class Blocking:
             )
             unsure = scheme == "layer" and not meaning.sure_of_layer
             if unsure or len(set(tiles)) > 1:
-                doubtful.append((weight.path, rows[-1]))
-        return tuple(rows), doubtful
+                ambiguous.append((weight.path, rows[-1]))
+        return tuple(rows), ambiguous
 
     def get_config(self) -> dict[str, Any]:
         """Plain JSON data from which `from_config` makes an equal object."""
@@ -302,8 +302,8 @@ class Blocking:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Blocking":
-        def field(name: str, rule: str, is_right: Callable[[Any], bool]) -> Any:
-            return read(config, "a blocking", name, rule, is_right)
+        def field(name: str, rule: str, is_valid: Callable[[Any], bool]) -> Any:
+            return read(config, "a blocking", name, rule, is_valid)
 
         scheme = field(
             "scheme",
@@ -416,7 +416,7 @@ UNKNOWN = (
     "block each:{}\nSay what their axes mean with `register_layer_axes`, or "
     "give their paths a tuple in the `rules` of `Blocking.from_model`."
 )
-STRANGERS = (
+NOT_IN_MODEL = (
     "The variables must belong to the model that `Blocking.from_model` was "
     "given: only its layers can tell the blocks. Received:{}\nPass a "
     "`Blocking.from_model` of the model that is trained."

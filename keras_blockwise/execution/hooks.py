@@ -197,24 +197,25 @@ class KerasHooks(keras.optimizers.Optimizer):
                 tuple(updates), list(updates.values()), learning_rate
             )
 
+    def _weight_decay_of(self, index: int) -> float:
+        """The weight decay of the variable at a position."""
+        state = self.block_state
+        row, variable = state.rows[index], state.variables[index]
+        if (
+            row is None
+            or row.kind in self.undecayed_kinds
+            or self.weight_decay is None
+            or not self._use_weight_decay(variable)
+        ):
+            return 0.0
+        return float(self.weight_decay)
+
     def _batch(self, indices: tuple[int, ...]) -> Written:
         """What a step of some variables writes."""
         state = self.block_state
-
-        def weight_decay(i: int) -> float:
-            row, variable = state.rows[i], state.variables[i]
-            if (
-                row is None
-                or row.kind in self.undecayed_kinds
-                or self.weight_decay is None
-                or not self._use_weight_decay(variable)
-            ):
-                return 0.0
-            return float(self.weight_decay)
-
         counters = [self._iterations, self.skipped_steps]
         if indices not in state.batches:
-            state.batches[indices] = state.batch(indices, weight_decay)
+            state.batches[indices] = state.batch(indices, self._weight_decay_of)
         return state.batches[indices], counters if self.skip_nonfinite else []
 
     def _update(

@@ -1,4 +1,4 @@
-"""The plain path: how JAX and PyTorch update, and how it is read first.
+"""The plain path: how JAX and PyTorch update. Read it first.
 
 Sums are sums, and units are updated one after the other, as `algorithm` says.
 The trainer of the backend compiles all of it, or the user's own `jit`.

@@ -5,6 +5,8 @@ In a graph on a CPU it may be two, the second for the first few variables.
 
 import collections
 import contextlib
+import inspect
+import math
 import platform
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -32,6 +34,10 @@ FOR_CPU: PlainKernels = XlaCpuKernels()
 # itself is worth compiling: all steps until then, compilation included, take as
 # long as those of Keras's Adam (32 to 56, by `python -m benchmarks.compile`).
 PLAIN_STEPS = 48
+# From so many entries of a variable on, on average, an update in a graph on a
+# CPU is worth compiling. Below, steps of `model.fit` take as long without, and
+# the first one takes less (`python -m benchmarks.compile`).
+LARGE = 2**15
 # What a compiled update belongs to: the positions of its variables, and the
 # first of them on its replica.
 Replica = tuple[tuple[int, ...], int]
@@ -41,9 +47,14 @@ class TensorFlowOptimizer(KerasHooks):
     """Keras's hooks on TensorFlow."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_strategy(type(self).__name__)
         super().__init__(*args, **kwargs)
         self._compiled = CompiledUpdates()
         self._state_description = StateDescription(self)
+
+    def build(self, variables: Any) -> None:
+        check_strategy(type(self).__name__)
+        super().build(variables)
 
     def _backend_apply_gradients(
         self, grads: Any, trainable_variables: Any
@@ -274,7 +285,8 @@ class TensorFlowOptimizer(KerasHooks):
         if metal and tf.config.list_physical_devices("GPU"):
             return False
         if not tf.executing_eagerly():
-            return not is_watched()
+            worth = self._compiled.worth(devices, self._trainable_variables)
+            return worth and not (is_watched() or is_exported())
         steps = self._compiled.steps
         if steps[replica] < PLAIN_STEPS:
             steps[replica] += 1
@@ -308,6 +320,18 @@ class StateDescription(tf.train.experimental.PythonState):
             self.optimizer.restored_layout = received
 
 
+def check_strategy(name: str) -> None:
+    """Raises an error where the variables of a model are on many servers."""
+    strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        raise ValueError(
+            f"{name} must not be made or built under "
+            "`ParameterServerStrategy`: it updates all variables together, and "
+            f"servers would update each by itself. Received: {strategy!r}. "
+            "Take `tf.distribute.MultiWorkerMirroredStrategy`."
+        )
+
+
 def restored_at(trackable: Any) -> int:
     """The number of the last checkpoint that was restored into an object."""
     try:
@@ -328,6 +352,15 @@ class CompiledUpdates:
         self.devices: dict[Replica, set[str]] = {}
         self.steps: collections.Counter[Replica | None] = collections.Counter()
         self.functions: dict[Any, Any] = {}
+        self._mean_size = 0.0
+
+    def worth(self, devices: set[str], variables: Sequence[Variable]) -> bool:
+        """Whether a graph is worth what it takes to compile the update."""
+        if not self._mean_size:
+            sizes = [math.prod(variable.shape) for variable in variables]
+            self._mean_size = sum(sizes) / len(sizes)
+        large = self._mean_size >= LARGE
+        return large or not are_cpus(devices) or not in_graph()
 
 
 def compile_update(update: Callable[..., None], arguments: Any) -> Any:
@@ -355,6 +388,24 @@ def is_watched() -> bool:
     return len(graph.get_operations()) > 1
 
 
+def is_exported() -> bool:
+    """Whether a graph is traced for a file: for specifications, not a call.
+
+    A file is read where the operations that only XLA has may not exist, as in
+    TFLite. TensorFlow tells a function neither, so this asks who calls.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_get_concrete_function_garbage_collected":
+            given = frame.f_locals["args"], frame.f_locals["kwargs"]
+            arguments = tf.nest.flatten(given)
+            return not arguments or any(
+                isinstance(argument, tf.TypeSpec) for argument in arguments
+            )
+        frame = frame.f_back
+    return False
+
+
 def native(variable: Variable) -> Any:
     """The `tf.Variable` inside a `keras.Variable`."""
     if isinstance(variable, keras.Variable):
@@ -374,8 +425,12 @@ def devices_of(batch: Batch) -> set[str]:
 
 def kernels_on(devices: set[str]) -> PlainKernels:
     """How to compute what XLA compiles for these devices."""
+    return FOR_CPU if are_cpus(devices) else PLAIN
+
+
+def are_cpus(devices: set[str]) -> bool:
     types = {tf.DeviceSpec.from_string(d).device_type for d in devices}
-    return FOR_CPU if types == {"CPU"} else PLAIN
+    return types == {"CPU"}
 
 
 def by_device(

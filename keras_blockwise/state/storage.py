@@ -74,7 +74,7 @@ class Part(NamedTuple):
         return reshape(value, self.variable.shape)
 
 
-def housed(slots: Sequence[Slot]) -> list[list[Slot]]:
+def packed(slots: Sequence[Slot]) -> list[list[Slot]]:
     """The slots of each state variable, in the order of their first ones."""
     alike: dict[Any, list[int]] = {}
     for i, slot in enumerate(slots):
@@ -85,10 +85,10 @@ def housed(slots: Sequence[Slot]) -> list[list[Slot]]:
         for start in range(0, len(members) - TOGETHER + 1, TOGETHER):
             for i in members[start : start + TOGETHER]:
                 first[i] = members[start]
-    houses: dict[int, list[Slot]] = {}
+    packs: dict[int, list[Slot]] = {}
     for i, slot in enumerate(slots):
-        houses.setdefault(first[i], []).append(slot)
-    return list(houses.values())
+        packs.setdefault(first[i], []).append(slot)
+    return list(packs.values())
 
 
 def slot_name(weight: Weight, slot: Slot) -> str:
@@ -129,11 +129,11 @@ class Storage:
         self.widest_dtype = max(self._dtypes, default="float32")
         # What `batch` returns for the positions that it was asked for.
         self.batches: dict[tuple[int, ...], Batch] = {}
-        self._houses = housed(slots)
-        self._homes: dict[Slot, int] = {}
+        self._packs = packed(slots)
+        self._pack_of: dict[Slot, int] = {}
         self._starts: dict[Slot, int] = {}
         slot_variables = []
-        for home, members in enumerate(self._houses):
+        for pack, members in enumerate(self._packs):
             first = members[0]
             variable = self.variables[first.index]
             name, shape = slot_name(Weight.of(variable), first), first.shape
@@ -143,7 +143,7 @@ class Storage:
             slot_variables.append(
                 add_slot(variable, name, shape, first.dtype, first.value)
             )
-            self._homes |= dict.fromkeys(members, home)
+            self._pack_of |= dict.fromkeys(members, pack)
             self._starts |= zip(members, [0, *ends])
         self.slot_variables = tuple(slot_variables)
         self._partitions = {
@@ -168,7 +168,7 @@ class Storage:
     def values(self) -> Iterator[Array]:
         """The value of each slot, in saved order."""
         for slot in self.slots:
-            variable = self.slot_variables[self._homes[slot]]
+            variable = self.slot_variables[self._pack_of[slot]]
             numbers = variable.numpy().ravel()
             start = self._starts[slot]
             yield numbers[start : start + slot.size].reshape(slot.shape)
@@ -176,7 +176,7 @@ class Storage:
     def assign(self, values: Sequence[Array]) -> None:
         """Sets every slot; `values` are in saved order."""
         by_slot = dict(zip(self.slots, values))
-        for variable, members in zip(self.slot_variables, self._houses):
+        for variable, members in zip(self.slot_variables, self._packs):
             numbers = [np.ravel(by_slot[slot]) for slot in members]
             variable.assign(np.concatenate(numbers).reshape(variable.shape))
 
@@ -221,13 +221,10 @@ class Storage:
         weights = [
             Weights(
                 self._dtypes[own[0]],
-                tuple(own),
+                self._of_entries(own, own),
                 tuple(position_of[i] for i in own),
                 tuple(self._partitions[i] for i in own),
-                of_entries(
-                    [weight_decay(i) for i in own],
-                    [math.prod(self._partitions[i].shape) for i in own],
-                ),
+                self._of_entries([weight_decay(i) for i in own], own),
                 tuple(self.variables[i] for i in own),
                 momentum,
             )
@@ -262,6 +259,13 @@ class Storage:
             accumulators.append(Accumulators(dtype, groups, statistics))
         return accumulators
 
+    def _of_entries(self, values: Sequence[Any], indices: Sequence[int]) -> Any:
+        """Values of some variables, entry by entry if they differ."""
+        if len(set(values)) == 1:
+            return values[0]
+        sizes = [math.prod(self._partitions[i].shape) for i in indices]
+        return np.repeat(values, sizes)
+
     def _keys_of(self, name: str) -> Sequence[Any]:
         return range(len(self.rows)) if name == "momentum" else self._keys
 
@@ -272,24 +276,17 @@ class Storage:
         found: dict[int, dict[Any, Slot]] = {}
         for key in keys:
             slot = self._slots[name, key]
-            found.setdefault(self._homes[slot], {})[key] = slot
+            found.setdefault(self._pack_of[slot], {})[key] = slot
         together = []
-        for home, slots in found.items():
+        for pack, slots in found.items():
             own = sorted(slots, key=lambda key: self._starts[slots[key]])
             index = None
-            if len(own) < len(self._houses[home]):
+            if len(own) < len(self._packs[pack]):
                 index = np.concatenate(
                     [
                         self._starts[slots[key]] + np.arange(slots[key].size)
                         for key in own
                     ]
                 )
-            together.append((own, Part(self.slot_variables[home], index)))
+            together.append((own, Part(self.slot_variables[pack], index)))
         return together
-
-
-def of_entries(
-    values: Sequence[float], sizes: Sequence[int]
-) -> float | np.ndarray:
-    """Values of variables of these sizes, entry by entry if they differ."""
-    return values[0] if len(set(values)) == 1 else np.repeat(values, sizes)

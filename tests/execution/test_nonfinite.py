@@ -37,6 +37,7 @@ ROWS = [
     Case(kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
     Case(kb.BAG, {"blocking": "model"}),
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
+    Case(kb.SPAM, {"blocking": "output_unit"}),
 ]
 # The last cannot be squared in float32, so the state could not hold it.
 BAD_VALUES = [np.nan, np.inf, -np.inf, 1e30]

@@ -17,6 +17,7 @@ import tensorflow as tf
 import keras_blockwise as kb
 from helpers.cases import CASES
 from helpers.cases import LAST_OF_CLASS
+from helpers.cases import marks_of
 from helpers.processes import run_python
 from helpers.programs import all_nodes
 from helpers.replicas import two_replicas
@@ -46,12 +47,12 @@ def parameters():
     for strategy, case in itertools.product(STRATEGIES, CASES):
         name = f"{strategy}-{case.id}"
         fast = strategy == "two replicas" and case in LAST_OF_CLASS
-        marks = [] if fast else [pytest.mark.slow]
+        marks = marks_of(case) if fast else pytest.mark.slow
         yield pytest.param(strategy, case, True, id=name, marks=marks)
         if strategy != "default":
             last = case in LAST_OF_CLASS
             slow = last if strategy == "two replicas" else not last
-            marks = [pytest.mark.slow] if slow else []
+            marks = pytest.mark.slow if slow else marks_of(case)
             name += "-not compiled"
             yield pytest.param(strategy, case, False, id=name, marks=marks)
 
@@ -75,6 +76,7 @@ def four_replicas(which):
         return pickle.loads(path.read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LAST_OF_CLASS, ids=lambda case: case.id)
 def test_four_replicas(case):
     check_one_device(four_replicas("fast")[case.id], case, 4)
@@ -86,6 +88,7 @@ def test_four_replicas_compiled(case):
     check_one_device(four_replicas("all")[case.id], case, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_on_four_replicas(option):
     expected = train_with_option(tf.distribute.get_strategy(), option)
@@ -148,7 +151,7 @@ def count_assignments(graph, functions=None):
 
 
 def test_each_replica_calls_a_compiled_update():
-    graph = concrete_step(kb.BlockAdam)
+    graph = concrete_step(lambda: kb.BlockAdam(jit_compile=True))
     calls = compiled_calls(graph)
     devices = [tf.DeviceSpec.from_string(call.device) for call in calls]
     assert {device.device_index for device in devices} == {0, 1}
@@ -191,3 +194,16 @@ def test_no_step_is_traced_again():
         step(*map(tf.constant, batch))
     assert step.experimental_get_tracing_count() == 1
     assert optimizer.iterations == STEPS
+
+
+def test_no_parameter_servers(monkeypatch):
+    """With another strategy in its place, which needs no servers."""
+    strategy = STRATEGIES["one device"]()
+    name = "ParameterServerStrategy"
+    monkeypatch.setattr(tf.distribute, name, type(strategy))
+    optimizer = kb.BAG()
+    with strategy.scope():
+        with pytest.raises(ValueError, match=f"BAG must not.*`{name}`.*Take"):
+            kb.BAG()
+        with pytest.raises(ValueError, match=f"BAG must not.*`{name}`.*Take"):
+            optimizer.build([keras.Variable(1.0)])

@@ -88,6 +88,24 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 each_class = pytest.mark.parametrize(
     "case", LAST_OF_CLASS, ids=lambda case: case.cls.__name__
 )
+
+
+def marks_of(case):
+    """Where a case takes seconds: a class of each kind of momentum is quick.
+
+    The others differ from these in what the oracle tests compare.
+    """
+    return () if case.cls in (kb.BlockAdam, kb.BAGM) else pytest.mark.slow
+
+
+def some_quick(cases):
+    """Cases of which most are slow."""
+    return pytest.mark.parametrize(
+        "case",
+        [pytest.param(c, id=c.id, marks=marks_of(c)) for c in cases],
+    )
+
+
 OPTIMIZERS = [
     value
     for value in map(vars(kb).get, kb.__all__)

@@ -12,6 +12,9 @@ def eager(optimizer):
     scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if scales and keras.backend.backend() == "jax":
         return graph(optimizer)  # Keras's own cannot be run otherwise.
+    if scales:  # Older versions of Keras do nothing without the variables.
+        variables = optimizer.inner_optimizer._trainable_variables
+        return lambda gradients: optimizer.apply(gradients, variables)
     return optimizer.apply
 
 
@@ -22,9 +25,9 @@ def graph(optimizer):
     `apply` itself with PyTorch.
     """
     if keras.backend.backend() == "tensorflow":
-        return tf.function(optimizer.apply, autograph=False)
+        return tf.function(eager(optimizer), autograph=False)
     if keras.backend.backend() != "jax":
-        return optimizer.apply
+        return eager(optimizer)
     import jax
 
     step = jax.jit(optimizer.stateless_apply)
@@ -132,6 +135,15 @@ def torch_gradients(function, variables):
         else [None] * len(values)
         for number in function()
     ]
+
+
+def train_on_batch(model, x, y):
+    """The loss of one batch: older versions of Keras return a mean over calls.
+
+    They reset metrics in `fit` alone.
+    """
+    model.reset_metrics()
+    return float(model.train_on_batch(x, y))
 
 
 def train_by_hand(model, optimizer, x, y, steps):

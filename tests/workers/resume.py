@@ -33,7 +33,7 @@ from helpers.tensorflow import strategy_of
 OPTIMIZERS = {
     "BlockAdam": (kb.BlockAdam, {"amsgrad": True, "weight_decay": 0.01}),
     "AdamMini": (kb.AdamMini, {"momentum_dtype": "bfloat16"}),
-    "BlockNadam": (kb.BlockNadam, {"skip_nonfinite": True}),
+    "BlockNadam": (kb.BlockNadam, {"weight_decay": 0.01}),
     "BAGM": (kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
     "BAG": (kb.BAG, {"blocking": "model"}),
     "BlockRMSprop": (kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
@@ -189,7 +189,7 @@ def outcome(function: Any, setting: Setting, folder: Path) -> Any:
 
 DEFAULT = [
     *(Setting("BlockAdam", format, "eager") for format in FORMATS),
-    Setting("BlockAdam", "checkpoint", "eager", "accumulation"),
+    Setting("BlockNadam", "checkpoint", "eager", "accumulation"),
     Setting("BlockRMSprop", "weights", "eager", "mixed_float16"),
     Setting("SPAM", "backup", "eager", "ema"),
     Setting("BlockAdam", "keras", "xla", "skip"),

@@ -16,9 +16,9 @@ blocks of one entry within the   1024 x 1024 by entry, BAGM:   benchmarks.step
 pass over them, `rows.run`       1.9 of Adam's step, else 4.6  (`coordinate`)
 momentum of 16 bits in place,    no copy of the momentum       benchmarks.memory
 `rows.new_values_in_place`
-all but a few variables before   `model.fit` 0.96 to 0.98 of   benchmarks.fit
-the last gradient, and short     Adam's step, else 0.98 to
-gradients joined, `calls`        1.01
+all but a few variables before   `model.fit`, compiled, 0.96    benchmarks.fit
+the last gradient, and short     to 0.98 of Adam's step, else  (with `LARGE = 0`
+gradients joined, `calls`        0.98 to 1.01                  in `tensorflow`)
 """
 
 import os

@@ -1,15 +1,18 @@
 """A step in a graph takes two calls, the second of the first variables."""
 
+import functools
+
 import pytest
 import tensorflow as tf
 
 import keras_blockwise as kb
 from helpers.arrays import assert_near
 from helpers.arrays import to_numpy
-from helpers.cases import each_class
+from helpers.cases import LAST_OF_CLASS
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
+from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.programs import compiled_functions
 from helpers.programs import indices_of_calls
@@ -23,6 +26,7 @@ from keras_blockwise.execution.plain import PlainKernels
 from keras_blockwise.execution.xla_cpu import calls
 
 pytestmark = pytest.mark.tensorflow
+BAGM = functools.partial(kb.BAGM, jit_compile=True)
 # The first three are a part of a layer, and of what is kept in one variable.
 SHAPES = {
     f"layer_{i}/{name}": shape
@@ -47,7 +51,7 @@ def train_all(optimizer, wrap):
 
 
 @pytest.mark.parametrize("blocking", ["output_unit", "layer"])
-@each_class
+@some_quick(LAST_OF_CLASS)
 def test_two_calls_have_the_numbers_of_one(case, blocking):
     one, two = [
         case.make(blocking=blocking, weight_decay=0.1, jit_compile=True)
@@ -80,13 +84,13 @@ def test_one_call_on_the_plain_path():
 
 
 def test_one_call_if_all_share_an_accumulator():
-    optimizer = kb.BAGM(blocking="model")
+    optimizer = BAGM(blocking="model")
     train_all(optimizer, graph)
     assert indices_of_calls(optimizer) == ALL
 
 
 def test_one_call_if_all_gradients_are_needed():
-    optimizer = kb.BAGM(skip_nonfinite=True)
+    optimizer = BAGM(skip_nonfinite=True)
     train_all(optimizer, graph)
     assert indices_of_calls(optimizer) == ALL
 
@@ -105,13 +109,13 @@ def joined(optimizer, count, size=5):
 
 
 def test_vectors_are_joined():
-    assert joined(kb.BAGM(), 15) == []
-    assert joined(kb.BAGM(), 16) == [16]
-    assert joined(kb.BAGM(), 16, 4095) == [16]
-    assert joined(kb.BAGM(), 16, 4096) == []
+    assert joined(BAGM(), 15) == []
+    assert joined(BAGM(), 16) == [16]
+    assert joined(BAGM(), 16, 4095) == [16]
+    assert joined(BAGM(), 16, 4096) == []
 
 
-@each_class
+@some_quick(LAST_OF_CLASS)
 def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
     """The three ways in turn: in a graph, the gradients are others."""
     shapes = dict(list(SHAPES.items())[:28])
@@ -157,7 +161,7 @@ def test_one_call_without_xla(monkeypatch):
     ids=["31", "32"],
 )
 def test_few_variables_take_one_call(count, expected):
-    optimizer = kb.BAGM(blocking="variable")
+    optimizer = BAGM(blocking="variable")
     shapes = dict(list(SHAPES.items())[:count])
     optimizer.build(make_variables(shapes))
     (gradients,) = make_gradients(1, shapes)
@@ -166,7 +170,7 @@ def test_few_variables_take_one_call(count, expected):
 
 
 def test_the_last_variables_do_not_wait_for_the_first_gradient():
-    optimizer = kb.BAGM(blocking="output_unit")
+    optimizer = BAGM(blocking="output_unit")
     optimizer.build(make_variables(SHAPES))
     (gradients,) = make_gradients(1, SHAPES)
 
@@ -193,7 +197,7 @@ def test_replicas_have_the_numbers_of_one_device():
     made = []
 
     def make():
-        made.append(kb.BAGM(0.1, blocking="layer"))
+        made.append(BAGM(0.1, blocking="layer"))
         return made[-1]
 
     check_replicas(two_replicas(), make, SHAPES)

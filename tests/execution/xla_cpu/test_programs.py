@@ -1,0 +1,96 @@
+"""What XLA makes of an update on a CPU; an older XLA makes other programs."""
+
+import re
+
+import numpy as np
+import pytest
+
+from helpers.programs import main_of
+from helpers.programs import program_of
+from keras_blockwise import BAGM
+from keras_blockwise import BlockAdam
+
+# The names of variables say little of their blocks.
+NAMES = pytest.mark.filterwarnings("ignore:Names and shapes")
+pytestmark = [pytest.mark.tensorflow, NAMES]
+
+
+@pytest.mark.parametrize("scheme", ["variable", "output_unit"])
+def test_rows_are_written_in_place(scheme, short_rows):
+    """A copy for every row would make the step a hundred times slower."""
+    program = program_of(BAGM(blocking=scheme), (512, 8), "ab")
+    made = re.findall(r"= \w+\[([\d,]*)\]\S* (copy|fusion)\(", program)
+    large = [
+        operation
+        for dims, operation in made
+        if np.prod([int(n) for n in dims.split(",") if n]) == 512 * 8
+    ]
+    assert " while(" in program
+    assert large == ["fusion"] * 4  # Two kernels, and the momentum of each.
+
+
+@pytest.mark.parametrize("count", [3, 16], ids=["alone", "together"])
+@pytest.mark.parametrize("scheme", ["variable", "output_unit"])
+def test_a_sum_stands_next_to_the_momentum(scheme, count):
+    """In the order of the program, the gradient is still in the cache."""
+    layers = [f"dense_{i}" for i in range(count)]
+    program = program_of(BlockAdam(blocking=scheme), (96, 64), layers)
+    main = main_of(program)
+    # What reads a gradient, in order, and whether it makes a whole variable.
+    reads = re.findall(r"= f32\[([\d,]*)\]\S* fusion\(%arg(\d+)\.", main)
+    whole = [
+        (dims == "96,64", int(gradient))
+        for dims, gradient in reads
+        if 2 <= int(gradient) < 2 + count
+    ]
+    assert whole == [(m, 2 + i) for i in range(count) for m in (False, True)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cls", [BlockAdam, BAGM])
+def test_a_narrow_momentum_needs_no_copy(cls, dtype):
+    optimizer = cls(momentum_dtype="bfloat16")
+    program = program_of(optimizer, (96, 64), "abc", dtype)
+    main = main_of(program)
+    made = re.findall(r"= (\w+)\[96,64\]\S* (?!parameter)(\w+)\(", main)
+    kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    # The weights and the momentum of three kernels, and nothing else.
+    assert sorted(made) == sorted([(kind, "fusion"), ("bf16", "fusion")] * 3)
+
+
+@pytest.mark.parametrize("cls", [BlockAdam, BAGM])
+def test_blocks_of_one_entry_need_no_other_memory(cls):
+    """What the weights and the momentum both need is made twice, not kept."""
+    program = program_of(cls(blocking="coordinate"), (96, 64), "abc")
+    main = main_of(program)
+    made = re.findall(r"= f32\[96,64\]\S* (?!parameter)(\w+)\(", main)
+    # The weights, the momentum and the velocity of three kernels.
+    assert made == ["fusion"] * 9
+
+
+def body_of_loop(program):
+    name = re.search(r" while\(.* body=(%[\w.]+)", program)[1]
+    return re.search(rf"^{re.escape(name)} .*?^}}", program, re.M | re.S)[0]
+
+
+def test_loops_share_no_memory(short_rows):
+    """Otherwise XLA would run them one after the other."""
+    program = program_of(BAGM(blocking="output_unit"), (512, 8), "abc")
+    made = re.findall(
+        r"= (\w+\[[\d,]*\])\S* (fusion|copy)\(", body_of_loop(program)
+    )
+    # The kernel, its momentum, the next row, and whether there is one: the
+    # state, which has the next row twice.
+    assert sorted(made) == sorted([
+        *[("f32[256,2,8]", "fusion")] * 2,
+        ("f32[]", "fusion"), ("f32[]", "copy"), ("pred[]", "fusion"),
+    ])  # fmt: skip
+    # One kernel reads that of both loops when they have ended.
+    main = main_of(program)
+    scalar = (
+        r"(%[\w.]+) = (?:f32|pred)\[\]\S* get-tuple-element\(%(?:while|call)"
+    )
+    state = set(re.findall(scalar, main))
+    operands = re.findall(r"= f32\[512,8\]\S* fusion\((.*?)\)", main)
+    assert len(state) == 2 * 3
+    assert any(state <= set(re.findall(r"%[\w.]+", own)) for own in operands)
