@@ -192,10 +192,10 @@ DEFAULT = [
     Setting("BlockNadam", "checkpoint", "eager", "accumulation"),
     Setting("BlockRMSprop", "weights", "eager", "mixed_float16"),
     Setting("SPAM", "backup", "eager", "ema"),
-    Setting("BlockAdam", "keras", "xla", "skip"),
+    Setting("BCOS", "keras", "xla", "skip"),
     Setting("BAG", "weights", "xla"),
     Setting("AdamMini", "model_checkpoint", "xla", "mixed_float16"),
-    Setting("BCOS", "backup", "replicas", "ema"),
+    Setting("BAGM", "backup", "replicas", "ema"),
     Setting("BlockRMSprop", "checkpoint", "graph", "plain", "replicas"),
     Setting("BlockAdam", "weights", "replicas", "plain", "graph"),
 ]
