@@ -6,6 +6,7 @@ from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.multipliers import layerwise_decay
 from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
+from keras_blockwise.optimizers import BCOS
 from keras_blockwise.optimizers import SPAM
 from keras_blockwise.optimizers import AdamMini
 from keras_blockwise.optimizers import BlockAdam
@@ -21,6 +22,7 @@ __all__ = [
     "AdamMini",
     "BAG",
     "BAGM",
+    "BCOS",
     "BlockAdam",
     "BlockNadam",
     "BlockRMSprop",

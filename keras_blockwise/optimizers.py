@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from keras_blockwise.algorithm import accumulators
+from keras_blockwise.algorithm import conditional
 from keras_blockwise.algorithm import momentum as momenta
 from keras_blockwise.algorithm import second_moment as second_moments
 from keras_blockwise.algorithm import spikes
@@ -735,4 +736,90 @@ class SPAM(BlockwiseOptimizer):
             "reset_every": self.reset_every,
             "reset_warmup": self.reset_warmup,
             "reset_bias_correction": self.reset_bias_correction,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class BCOS(BlockwiseOptimizer):
+    """Block-coordinate optimal step sizes, without a stored second moment.
+
+    With `mean_b` the mean over block b, beta the argument `momentum`, and m
+    the gradient itself in the first step:
+
+        m' = beta * m + (1 - beta) * g                        per weight
+        v = mean_b(beta^2 * m^2 + 2 * beta * (1 - beta) * m * m'
+                   + (1 - beta)^2 * g^2)                      per block
+        w <- w - learning_rate * m' / (sqrt(v) + epsilon);  m <- m'
+
+    So v is what is expected of the square of m', given m. The state is one
+    number per weight. With the default blocks this is the method of the
+    authors' code (mode "c"); their `weight_decay` is 0.1. A step has about the
+    size of Adam's.
+
+    Args:
+        learning_rate: As in `BlockAdam`. Defaults to `0.001`.
+        momentum: Decay rate of the momentum, in [0, 1); at 0 there is no
+            momentum and no state at all. Defaults to `0.9`.
+        epsilon: Small number that keeps the division finite, added outside
+            the root. Defaults to `1e-6`.
+        blocking: As in `BlockAdam`. Defaults to `"coordinate"`.
+        momentum_dtype: As in `BlockAdam`.
+        jit_compile: As in `BlockAdam`.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range.
+
+    Example:
+
+    >>> optimizer = BCOS(learning_rate=1e-3, weight_decay=0.1)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Jiang & Xiao, 2025](https://arxiv.org/abs/2507.08963), and the authors'
+      code
+    """
+
+    state_family = "bcos"
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        momentum: float = 0.9,
+        epsilon: float = 1e-6,
+        blocking: str | Tile | Blocking = "coordinate",
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            blocking=blocking,
+            momentum_dtype=momentum_dtype,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        self.momentum = check_fraction("momentum", momentum)
+        self.epsilon = check_non_negative("epsilon", epsilon)
+
+    def rule(self) -> Rule:
+        if self.momentum:
+            momentum = conditional.momentum_from_first(self.momentum)
+        else:
+            momentum = momenta.none()
+        return Rule(
+            second_moment=conditional.conditional_square(self.momentum),
+            accumulator=accumulators.cumulative(),
+            root=second_moments.epsilon_outside(self.epsilon),
+            momentum=momentum,
+            momentum_of_gradient=True,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "momentum": self.momentum,
+            "epsilon": self.epsilon,
         }

@@ -44,6 +44,7 @@ FRACTIONS = [
     (kb.BAGM, "momentum"),
     (kb.BAGM, "beta_2"),
     (kb.BlockRMSprop, "rho"),
+    (kb.BCOS, "momentum"),
     (kb.SPAM, "beta_1"),
     (kb.SPAM, "beta_2"),
     (kb.BlockRMSprop, "momentum"),
@@ -57,6 +58,7 @@ NON_NEGATIVE = [
     (kb.BAG, "epsilon"),
     (kb.BAG, "initial_accumulator_value"),
     (kb.BlockRMSprop, "epsilon"),
+    (kb.BCOS, "epsilon"),
     (kb.SPAM, "epsilon"),
     (kb.SPAM, "spike_threshold"),
 ]

@@ -114,6 +114,7 @@ OPTIMIZERS = {
     "BAG": (kb.BAG, {}),
     "BlockRMSprop": (kb.BlockRMSprop, {}),
     "SPAM": (kb.SPAM, {}),
+    "BCOS": (kb.BCOS, {}),
     "centered": (kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
 }
 SCHEMES = ["coordinate", "output_unit", "head", "layer", "model", "adam_mini"]

@@ -26,11 +26,14 @@ class SecondMoment(NamedTuple):
         averaged: `g -> ...`, what to average over each block.
         update: `(accumulate, means, statistics) -> (statistics, v)`, where
             `accumulate(old, mean)` is one step of the accumulator.
+        of_momentum: `(t, g, m) -> ...`, which takes the place of `averaged`
+            if the momentum before the step is needed as well.
     """
 
     statistics: dict[str, float]
     averaged: Callable[[Tensor], Tensors]
     update: Callable[[Accumulate, Tensors, Tensors], tuple[Tensors, Tensor]]
+    of_momentum: Callable[[Tensor, Tensor, Tensor], Tensors] | None = None
 
 
 def mean_of_squares(initial_value: float = 0.0) -> SecondMoment:

@@ -33,6 +33,7 @@ from keras_blockwise.algorithm.accumulators import Accumulator
 from keras_blockwise.algorithm.blocks import block_mean
 from keras_blockwise.algorithm.blocks import join
 from keras_blockwise.algorithm.blocks import reshape
+from keras_blockwise.algorithm.blocks import split
 from keras_blockwise.algorithm.momentum import Momentum
 from keras_blockwise.algorithm.momentum import Update
 from keras_blockwise.algorithm.second_moment import Root
@@ -149,7 +150,10 @@ def step(
     if rule.limit:  # It makes an infinity finite.
         checked = list(gradients)
         gradients = cut_spikes(rule.limit, time, batch.accumulators, gradients)
-    means = block_means(rule, batch, gradients, kernels, skip_nonfinite)
+    of_entries = partial(averaged, rule, time)
+    means = block_means(
+        rule, batch, gradients, kernels, of_entries, skip_nonfinite
+    )
     taken = True
     if skip_nonfinite:
         checked += [s for s, *_ in means]
@@ -163,8 +167,12 @@ def step(
 
     blocks = [
         BlockUpdate(
-            partial(block_step, rule, at(unit.dtype)),
-            partial(averaged, rule, unit.dtype),
+            partial(
+                block_step if unit.groups[0].has_blocks else plain_step,
+                rule,
+                at(unit.dtype),
+            ),
+            partial(of_entries, unit.dtype),
             unit.groups,
             unit_means,
             tuple(reshape(v, unit_means[0].shape) for v in unit.statistics),
@@ -172,24 +180,30 @@ def step(
         for unit, unit_means in zip(batch.accumulators, means)
     ]
     entries = [
-        EntryUpdate(
-            partial(
-                entry_step,
-                rule,
-                at(unit.dtype),
-                unit.weight_decay,
-                multiplier_of(unit, multipliers),
-            ),
-            unit.dtype,
-            unit.positions,
-            unit.partitions,
-            join([gradients[p] for p in unit.positions]),
-            (*unit.variables, *unit.momentum),
-            rule.momentum_of_gradient,
-        )
+        entry_update(rule, at(unit.dtype), unit, gradients, multipliers)
         for unit in batch.weights
     ]
     return *kernels.run(blocks, entries), taken
+
+
+def entry_update(
+    rule: Rule,
+    at: Scalars,
+    unit: Weights,
+    gradients: Sequence[Tensor],
+    multipliers: Tensor | None,
+) -> EntryUpdate:
+    """What is computed once per entry of a unit."""
+    multiplier = multiplier_of(unit, multipliers)
+    return EntryUpdate(
+        partial(entry_step, rule, at, unit.weight_decay, multiplier),
+        unit.dtype,
+        unit.positions,
+        unit.partitions,
+        join([gradients[p] for p in unit.positions]),
+        (*unit.variables, *unit.momentum),
+        rule.momentum_of_gradient,
+    )
 
 
 def multiplier_of(unit: Weights, multipliers: Tensor | None) -> Tensor | None:
@@ -205,9 +219,19 @@ def multiplier_of(unit: Weights, multipliers: Tensor | None) -> Tensor | None:
     return multipliers[number]
 
 
-def averaged(rule: Rule, dtype: str, g: Tensor) -> Tensors:
+def averaged(
+    rule: Rule,
+    time: Callable[[str], Tensor],
+    dtype: str,
+    g: Tensor,
+    *momentum: Tensor,
+) -> Tensors:
     """What is averaged over each block, of a gradient in any dtype."""
-    return rule.second_moment.averaged(ops.cast(g, dtype))
+    g = ops.cast(g, dtype)
+    if rule.second_moment.of_momentum is None:
+        return rule.second_moment.averaged(g)
+    (m,) = momentum
+    return rule.second_moment.of_momentum(time(dtype), g, ops.cast(m, dtype))
 
 
 def block_means(
@@ -215,20 +239,28 @@ def block_means(
     batch: Batch,
     gradients: Sequence[Tensor],
     kernels: Kernels,
+    of_entries: Callable[..., Tensors],
     of_all: bool,
 ) -> list[Tensors]:
     """What each unit is to be updated with; of all units, or as needed."""
     w = {p: unit.variables[0] for unit in batch.weights for p in unit.positions}
+    momentum = momentum_of_each(batch) if rule.second_moment.of_momentum else {}
+
+    def sums_of(i: int, dtype: str, partition: Partition) -> Tensors:
+        def of_variable(g: Tensor) -> Tensors:
+            return of_entries(dtype, g, *momentum.get(i, ()))
+
+        return kernels.block_sums(of_variable, gradients[i], w[i], partition)
+
     means = []
     for unit in batch.accumulators:
-        if not (unit.statistics or of_all):
+        if not (unit.groups[0].has_blocks or of_all):
             means.append(())
             continue
-        of_entries = partial(averaged, rule, unit.dtype)
         of_groups = []
         for positions, partitions in unit.groups:
             sums = [
-                kernels.block_sums(of_entries, gradients[i], w[i], partition)
+                sums_of(i, unit.dtype, partition)
                 for i, partition in zip(positions, partitions)
             ]
             of_groups.append([block_mean(x, partitions) for x in zip(*sums)])
@@ -236,12 +268,29 @@ def block_means(
     return means
 
 
+def momentum_of_each(batch: Batch) -> dict[int, Tensors]:
+    """The momentum of each variable, by the position of its gradient."""
+    return {
+        position: (m,)
+        for unit in batch.weights
+        for position, m in zip(
+            unit.positions,
+            split(unit.momentum[0], [p.shape for p in unit.partitions]),
+        )
+    }
+
+
+def plain_step(
+    rule: Rule, at: Scalars, means: Tensors, *statistics: Tensor
+) -> Tensors:
+    """The step size of a variable without blocks."""
+    return (at.learning_rate,)
+
+
 def block_step(
     rule: Rule, at: Scalars, means: Tensors, *statistics: Tensor
 ) -> Tensors:
     """Once per block: the step size, and the new statistics."""
-    if not statistics:
-        return (at.learning_rate,)
 
     def accumulate(old: Tensor, mean: Tensor) -> Tensor:
         return at.decay * old + at.weight * mean

@@ -37,6 +37,10 @@ class Group(NamedTuple):
     def accumulator_shape(self) -> Shape:
         return self.partitions[0].accumulator_shape
 
+    @property
+    def has_blocks(self) -> bool:
+        return self.partitions[0].block_shape is not None
+
 
 class Accumulators(NamedTuple):
     """Accumulators that are kept together: a vector, if there are several.
@@ -89,14 +93,14 @@ class BlockUpdate(NamedTuple):
 
     Args:
         function: `(means, *statistics) -> (step_size, *new_statistics)`.
-        averaged: `g -> means`, if every entry of `g` is a block.
+        averaged: `(g, *momentum) -> means`, if every entry of `g` is a block.
         groups: As in `Accumulators`.
         means: The means over each block.
         statistics: The values before the step.
     """
 
     function: Callable[..., Tensors]
-    averaged: Callable[[Tensor], Tensors]
+    averaged: Callable[..., Tensors]
     groups: tuple[Group, ...]
     means: Tensors
     statistics: Tensors

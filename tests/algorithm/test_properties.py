@@ -18,6 +18,7 @@ ROWS = [
     Case(kb.BlockNadam, {"epsilon": 0.0}),
     Case(kb.BAGM, {"epsilon": 0.0, "accumulator": "polynomial"}),
     Case(kb.BAG, {"epsilon": 0.0, "initial_accumulator_value": 0.0}),
+    Case(kb.BCOS, {"epsilon": 0.0}),
     Case(kb.SPAM, {"epsilon": 0.0, "reset_every": 2, "reset_warmup": 1}),
     Case(kb.BlockRMSprop, {"epsilon": 0.0, "momentum": 0.5}),
 ]

@@ -16,6 +16,7 @@ OPTIMIZERS = {
     "bagm": lambda: kb.BAGM(0.03, blocking="layer", clipnorm=0.1),
     "bag": lambda: kb.BAG(0.1, gradient_accumulation_steps=2),
     "block_rmsprop": lambda: kb.BlockRMSprop(0.03, centered=True, momentum=0.5),
+    "bcos": lambda: kb.BCOS(0.03, blocking="output_unit"),
     "spam": lambda: kb.SPAM(0.03, reset_every=6, reset_warmup=2),
 }
 

@@ -55,6 +55,7 @@ OPTIMIZERS: dict[str, Any] = {
         blocking="input_unit",
         jit_compile=False,
     ),
+    "bcos": lambda: kb.BCOS(0.05, jit_compile=False),
     "spam": lambda: kb.SPAM(
         0.05, reset_every=7, reset_warmup=3, jit_compile=False
     ),

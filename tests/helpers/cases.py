@@ -79,6 +79,7 @@ CASES = [
         RMSprop,
         {"momentum": 0.5, "centered": True, "rho": 0.75},
     ),
+    Case(kb.BCOS),
     Case(kb.SPAM, {"reset_every": 7, "reset_warmup": 3}),
 ]
 # The row of each class with the most state.

@@ -70,7 +70,8 @@ class Oracle:
         self.t += 1
         present = [k for k, g in enumerate(gradients) if g is not None]
         labels = np.concatenate([self.labels[k].ravel() for k in present])
-        flat = np.concatenate([np.ravel(gradients[k]) for k in present])
+        seen = [self.seen(k, gradients[k]) for k in present]
+        flat = np.concatenate([np.ravel(x) for x in seen])
         flat = flat.astype(np.float64)[labels != PLAIN]
         labels = labels[labels != PLAIN]
         size = len(self.velocity)
@@ -92,6 +93,10 @@ class Oracle:
             self.momentum[k] = np.array(self.store_momentum(m), np.float64)
             w = self.store(self.weights[k] + change)
             self.weights[k] = np.array(w, np.float64)
+
+    def seen(self, k, g):
+        """What is averaged over a block, and its square."""
+        return g
 
     def of_variable(self, k):
         """The velocity in the root and the mean gradient, per coordinate."""
@@ -195,6 +200,26 @@ class BlockNadam(BlockAdam):
         look_ahead += (1 - u[-2]) * g / (1 - np.prod(u[:-1]))
         v_hat = v / (1 - beta_2**self.t)
         return m, -lr * look_ahead / (np.sqrt(v_hat) + epsilon)
+
+
+class BCOS(Oracle):
+    """Written out in the momentum before the step, as by the authors."""
+
+    def seen(self, k, g):
+        beta = self.hyper.get("momentum", 0.9)
+        m = self.momentum[k] if self.t > 1 else g
+        return np.sqrt(
+            (3 * beta**2 - 2 * beta**3) * m**2
+            + (1 - beta) ** 2 * np.square(g)
+            + 2 * beta * (1 - beta) ** 2 * m * g
+        )
+
+    def coefficients(self, **_):
+        return 0.0, 1.0
+
+    def update(self, lr, g, m, v, a, momentum=0.9, epsilon=1e-6, **_):
+        m = momentum * m + (1 - momentum) * g if self.t > 1 else g
+        return m, -lr * m / (np.sqrt(v) + epsilon)
 
 
 class BAGM(Oracle):

@@ -174,6 +174,9 @@ MAKE = {
     "BlockRMSprop": lambda blocking: rmsprop(
         blocking, centered=True, momentum=0.5
     ),
+    "BCOS": lambda blocking: kb.BCOS(
+        0.01, blocking=blocking, jit_compile=False
+    ),
     "SPAM": lambda blocking: kb.SPAM(
         0.01, blocking=blocking, jit_compile=False
     ),

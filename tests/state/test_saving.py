@@ -423,6 +423,8 @@ ORDER = {
         kb.BlockRMSprop(centered=True, momentum=0.5),
         KERAS + of_each("momentum", "velocity", "average_gradient"),
     ),
+    "BCOS": (kb.BCOS(), KERAS + of_each("momentum")),
+    "BCOS-none": (kb.BCOS(momentum=0.0), KERAS),
     "SPAM": (kb.SPAM(), KERAS + of_each("momentum", "velocity")),
     "layer": (
         kb.BlockAdam(blocking="layer"),

@@ -59,6 +59,7 @@ OPTIMIZERS = {
     "BAGM polynomial": lambda model: kb.BAGM(accumulator="polynomial"),
     "BAG": lambda model: kb.BAG(),
     "BlockRMSprop": lambda model: kb.BlockRMSprop(momentum=0.9, centered=True),
+    "BCOS": lambda model: kb.BCOS(),
     "SPAM": lambda model: kb.SPAM(blocking="output_unit"),
     "AdamMini": lambda model: kb.AdamMini(
         blocking=kb.Blocking.from_model(model, "adam_mini")

@@ -37,6 +37,7 @@ OPTIMIZERS = {
     "BAGM": (kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
     "BAG": (kb.BAG, {"blocking": "model"}),
     "BlockRMSprop": (kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
+    "BCOS": (kb.BCOS, {}),
     "SPAM": (kb.SPAM, {"reset_every": 4, "reset_warmup": 2}),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -191,7 +192,7 @@ DEFAULT = [
     Setting("BlockNadam", "checkpoint", "eager", "accumulation"),
     Setting("BlockRMSprop", "weights", "eager", "mixed_float16"),
     Setting("SPAM", "backup", "eager", "ema"),
-    Setting("BlockAdam", "keras", "xla", "skip"),
+    Setting("BCOS", "keras", "xla", "skip"),
     Setting("BAG", "weights", "xla"),
     Setting("AdamMini", "model_checkpoint", "xla", "mixed_float16"),
     Setting("BAGM", "backup", "replicas", "ema"),

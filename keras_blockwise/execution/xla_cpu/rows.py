@@ -129,7 +129,7 @@ def fused_pass(block: BlockUpdate, entry: EntryUpdate) -> Pass:
     count = len(entry.values)
 
     def function(g: Tensor, *values: Tensor) -> list[Tensor]:
-        means = block.averaged(g)
+        means = block.averaged(g, *values[1:count])
         old = values[count:][::-1]
         step_size, *new = block.function(means, *old)
         # Keeps TensorFlow from reordering the division and the product.
