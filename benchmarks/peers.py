@@ -40,8 +40,9 @@ class Contestant(NamedTuple):
         return self.name.startswith(OURS)
 
 
-OURS = ("BlockAdam", "BAGM")
+OURS = ("BlockAdam", "BAGM", "BlockMuon")
 ADAM = "Keras Adam"
+MUON = "Keras Muon"
 ADAMW = "PyTorch AdamW, fused"
 FLOOR = "PyTorch SGD Nesterov, fused"
 ADAM_MINI = "adam_mini"
@@ -113,6 +114,27 @@ def keras_steps(
         Contestant(name, mode): keras_step(optimizer, variables, tensors, mode)
         for name, optimizer in optimizers.items()
         for mode in modes
+    }
+
+
+def muon_steps(
+    variables: Sequence[Any], gradients: Sequence[Any], schemes: Iterable[str]
+) -> dict[Contestant, Step]:
+    """`BlockMuon` and Keras's Muon, compiled, on the same variables."""
+    tensors = [tf.constant(gradient) for gradient in gradients]
+    optimizers = {MUON: keras.optimizers.Muon(1e-3, weight_decay=None)}
+    for scheme in schemes:
+        optimizers[f"BlockMuon {scheme}"] = kb.BlockMuon(
+            1e-3,
+            blocking=scheme,
+            output_layer=variables[0].path,
+            jit_compile=True,
+        )
+    return {
+        Contestant(name, "compiled"): keras_step(
+            optimizer, variables, tensors, "compiled"
+        )
+        for name, optimizer in optimizers.items()
     }
 
 

@@ -7,6 +7,7 @@ from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
 from keras_blockwise.optimizers import AdamMini
 from keras_blockwise.optimizers import BlockAdam
+from keras_blockwise.optimizers import BlockMuon
 from keras_blockwise.optimizers import BlockRMSprop
 from keras_blockwise.state.convert import convert_state
 from keras_blockwise.state.saving import all_or_nothing
@@ -19,6 +20,7 @@ __all__ = [
     "BAG",
     "BAGM",
     "BlockAdam",
+    "BlockMuon",
     "BlockRMSprop",
     "Blocking",
     "Partition",

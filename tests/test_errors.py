@@ -17,6 +17,7 @@ from helpers.cases import make_variables
 from helpers.cases import tensors
 from helpers.processes import TESTS
 from helpers.saving import own_variables
+from keras_blockwise.blocking.partition import Matrices
 from keras_blockwise.optimizer import BlockwiseOptimizer
 
 PACKAGE = Path(kb.__file__).parent
@@ -39,6 +40,8 @@ FRACTIONS = [
     (kb.AdamMini, "beta_2"),
     (kb.BAGM, "momentum"),
     (kb.BAGM, "beta_2"),
+    (kb.BlockMuon, "momentum"),
+    (kb.BlockMuon, "beta_2"),
     (kb.BlockRMSprop, "rho"),
     (kb.BlockRMSprop, "momentum"),
 ]
@@ -49,6 +52,7 @@ NON_NEGATIVE = [
     (kb.BAGM, "power"),
     (kb.BAG, "epsilon"),
     (kb.BAG, "initial_accumulator_value"),
+    (kb.BlockMuon, "epsilon"),
     (kb.BlockRMSprop, "epsilon"),
 ]
 NUMBERS = [
@@ -90,8 +94,16 @@ LEARNING_RATES = [
     for cls in (kb.BlockAdam, kb.AdamMini, kb.BAGM, kb.BAG, kb.BlockRMSprop)
     for value in (None, "0.1", -0.1, math.nan, math.inf, True, [0.1])
 ]
+MUON = [
+    (kb.BlockMuon, "ns_steps", value, "an integer >= 1")
+    for value in (*NOT_NUMBERS, 0, 2.0)
+] + [
+    (kb.BlockMuon, "output_layer", "a(b", "a path or a regular expression.*"),
+    (kb.BlockMuon, "output_layer", b"out", "`None` or a string"),
+    (kb.BlockMuon, "output_layer", 3, "a path or a regular expression.*"),
+]
 # Class, argument, value, and what the argument must be.
-ARGUMENTS = [*NUMBERS, *CHOICES, *LEARNING_RATES]
+ARGUMENTS = [*NUMBERS, *CHOICES, *LEARNING_RATES, *MUON]
 
 KNOWN = "'coordinate'.*'layer'.*'model'.*'output_unit'.*'variable'"
 SCHEME = "must be a string, or a tuple of positive integers and `None`"
@@ -303,6 +315,17 @@ OTHERS = {
         lambda: kb.Partition((4, 6), (4, 1), "g"),
         ValueError,
         r"of a `group` must be .*Received: block_shape=\(4, 1\), group='g'",
+    ),
+    "rows of matrices": (
+        lambda: Matrices((4, 6), (4, 6), (2,)),
+        ValueError,
+        r"`rows` must be axes of the shape \(4, 6\).*Received: rows=\(2,\)",
+    ),
+    "no such output layer": (
+        lambda: kb.BlockMuon(output_layer="head").build(make_variables(SHAPES)),
+        ValueError,
+        "`output_layer` must be the path of a layer .*Received: "
+        rf"output_layer='head', which matches none of\s+{PATHS}",
     ),
     "meaning of an axis": (
         lambda: kb.register_layer_axes(gain="output width"),

@@ -10,6 +10,12 @@ mean over a block:
     m, x = momentum(m, g); direction = step_size * x  or of g itself
     w <- w - learning_rate * weight_decay * w - direction
 
+A rule with a `matrix_function` takes another step where a variable is a matrix:
+
+    m, x = momentum(m, g); x = matrix_function(x)
+    s = mean_b(x^2); v as above; x = x / root(v)
+    w <- w - learning_rate * (weight_decay * w + RMS * x / sqrt(mean(x^2)))
+
 `v` and `step_size` are numbers of a block, `m` and `w` of an entry. The forms
 of `v` and `root` are in `second_moment`, those of the coefficients in
 `accumulators` and `momentum`. Blockwise adaptivity: Zheng & Kwok 2019,
@@ -18,12 +24,14 @@ arXiv:1905.09899.
 
 import functools
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from typing import NamedTuple
 from typing import Protocol
+from typing import cast
 
 import numpy as np
 from keras import ops
@@ -32,28 +40,43 @@ from keras_blockwise.algorithm.accumulators import Accumulator
 from keras_blockwise.algorithm.blocks import block_mean
 from keras_blockwise.algorithm.blocks import join
 from keras_blockwise.algorithm.blocks import reshape
+from keras_blockwise.algorithm.blocks import spread
 from keras_blockwise.algorithm.momentum import Momentum
 from keras_blockwise.algorithm.momentum import Update
+from keras_blockwise.algorithm.orthogonal import RMS
+from keras_blockwise.algorithm.orthogonal import TINY
+from keras_blockwise.algorithm.orthogonal import MatrixFunction
+from keras_blockwise.algorithm.orthogonal import from_matrices
+from keras_blockwise.algorithm.orthogonal import to_matrices
 from keras_blockwise.algorithm.second_moment import Root
 from keras_blockwise.algorithm.second_moment import SecondMoment
 from keras_blockwise.algorithm.second_moment import Tensors
+from keras_blockwise.algorithm.second_moment import squares
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.algorithm.units import BlockUpdate
 from keras_blockwise.algorithm.units import EntryUpdate
+from keras_blockwise.algorithm.units import MatrixWeights
 from keras_blockwise.blocking.partition import Partition
 
 Tensor = Any
+# The new statistics, and the new weight and its new momentum if it has one.
+MatrixUpdate = tuple[Tensors, Tensors]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What makes the step one optimizer or another."""
+    """What makes the step one optimizer or another.
+
+    With a `matrix_function`, the momentum is free of the learning rate, which
+    multiplies the direction.
+    """
 
     second_moment: SecondMoment
     accumulator: Accumulator
     root: Root
     momentum: Momentum
     momentum_of_gradient: bool = False
+    matrix_function: MatrixFunction | None = None
 
 
 class Scalars(NamedTuple):
@@ -73,15 +96,25 @@ class Scalars(NamedTuple):
     ) -> "Scalars":
         decay, weight, correction = rule.accumulator(t)
         root = correction**0.5
+        numerator = root
+        if rule.matrix_function is None:
+            numerator = learning_rate * root
         return cls(
             learning_rate,
             decay,
             weight,
             root_correction=root,
-            numerator=learning_rate * root,
+            numerator=numerator,
             momentum=rule.momentum.at(t),
             taken=taken,
         )
+
+    def decayed(self, w: Tensor, weight_decay: float | np.ndarray) -> Tensor:
+        """A weight after its decoupled decay."""
+        if not np.any(weight_decay):
+            return w
+        decay = ops.cast(weight_decay, w.dtype)
+        return w - w * decay * self.learning_rate
 
     def if_taken(self, new: Tensors, old: Tensors) -> Tensors:
         """`new`, or `old` if the step is left out."""
@@ -102,6 +135,11 @@ class Kernels(Protocol):
     ) -> Tensors:
         """The sums of `averaged(g)` over each block; `w` helps to schedule."""
 
+    def of_matrices(
+        self, function: MatrixFunction, xs: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """The function of matrices of one shape."""
+
     def run(
         self, blocks: Sequence[BlockUpdate], entries: Sequence[EntryUpdate]
     ) -> tuple[Sequence[Tensors], Any]:
@@ -116,7 +154,7 @@ def step(
     iterations: Tensor,
     kernels: Kernels,
     skip_nonfinite: bool = False,
-) -> tuple[Sequence[Tensors], Any, Tensor]:
+) -> tuple[Sequence[Tensors], Any, Iterator[list[MatrixUpdate]], Tensor]:
     """One step of some variables.
 
     Args:
@@ -131,12 +169,15 @@ def step(
 
     Returns:
         The new statistics of each of `batch.accumulators`, the new weights and
-        momentum of each of `batch.weights`, and whether the step was taken.
+        momentum of each of `batch.weights`, what is new of each variable of
+        each of `batch.matrices`, and whether the step was taken.
     """
     means = block_means(rule, batch, gradients, kernels)
     taken = True
     if skip_nonfinite:
-        finite = [ops.all(ops.isfinite(s)) for s, *_ in means]
+        sums = [s for s, *_ in means]
+        sums += sums_of_squares(batch.matrices, gradients, kernels)
+        finite = [ops.all(ops.isfinite(s)) for s in sums]
         taken = ops.all(ops.stack(finite))
 
     @functools.cache
@@ -166,7 +207,12 @@ def step(
         )
         for unit in batch.weights
     ]
-    return *kernels.run(blocks, entries), taken
+    statistics, new = kernels.run(blocks, entries) if entries else ([], [])
+    matrices = (
+        matrix_step(rule, at(unit.dtype), unit, gradients, kernels)
+        for unit in batch.matrices
+    )
+    return statistics, new, matrices, taken
 
 
 def averaged(rule: Rule, dtype: str, g: Tensor) -> Tensors:
@@ -221,9 +267,83 @@ def entry_step(
         direction = step_size * x
     else:
         m, direction = at.momentum(m, step_size * g)
-    decayed = w
-    if np.any(weight_decay):
-        decay = ops.cast(weight_decay, w.dtype)
-        decayed = w - w * decay * at.learning_rate
-    new = (decayed - direction, *([m] if state else []))
+    if rule.matrix_function is not None:
+        direction = at.learning_rate * direction
+    new = (at.decayed(w, weight_decay) - direction, *([m] if state else []))
     return at.if_taken(new, (w, *state))
+
+
+def matrix_step(
+    rule: Rule,
+    at: Scalars,
+    unit: MatrixWeights,
+    gradients: Sequence[Tensor],
+    kernels: Kernels,
+) -> list[MatrixUpdate]:
+    """The new statistics, weight and momentum of each variable of a unit."""
+    function = cast(MatrixFunction, rule.matrix_function)
+    momentum = []
+    moved = []
+    for position, state in zip(unit.positions, unit.momentum):
+        g, *old = (
+            ops.cast(value, unit.dtype)
+            for value in (gradients[position], *state)
+        )
+        m, x = at.momentum(old[0] if old else None, g)
+        momentum.append(at.if_taken((m,), tuple(old)) if old else ())
+        moved.append(to_matrices(x, unit.matrices))
+    new: list[MatrixUpdate] = []
+    for i, x in enumerate(kernels.of_matrices(function, moved)):
+        x = from_matrices(x, unit.matrices)
+        w = ops.cast(unit.variables[i], unit.dtype)
+        statistics, direction = scaled(rule, at, unit, i, x, kernels)
+        changed = at.decayed(w, unit.weight_decay[i]) - direction
+        new.append((statistics, (*at.if_taken((changed,), (w,)), *momentum[i])))
+    return new
+
+
+def scaled(
+    rule: Rule,
+    at: Scalars,
+    unit: MatrixWeights,
+    i: int,
+    x: Tensor,
+    kernels: Kernels,
+) -> tuple[Tensors, Tensor]:
+    """The new statistics of variable `i` of a unit, and its step along `x`."""
+    w, p = unit.variables[i], unit.partition
+    of_entries = partial(averaged, rule, unit.dtype)
+    sums = kernels.block_sums(of_entries, x, w, p)
+    means = tuple(block_mean([s], [p]) for s in sums)
+    old = (reshape(v, means[0].shape) for v in unit.statistics[i])
+    step_size, *statistics = block_step(rule, at, means, *old)
+    x = times(x, step_size, p)
+    (s,) = kernels.block_sums(squares, x, w, unit.matrices.partition)
+    mean = block_mean([s], [unit.matrices.partition])
+    rate = at.learning_rate * RMS * ops.rsqrt(mean + TINY)
+    return tuple(statistics), times(x, rate, unit.matrices.partition)
+
+
+def times(x: Tensor, values: Tensor, partition: Partition) -> Tensor:
+    """Every entry of `x` times the value of its block."""
+    shape, values = spread([values], [partition])
+    return reshape(values * reshape(x, shape), partition.shape)
+
+
+def sums_of_squares(
+    units: Sequence[MatrixWeights],
+    gradients: Sequence[Tensor],
+    kernels: Kernels,
+) -> list[Tensor]:
+    """Those of each gradient: the function of a large one may be zero."""
+    return [
+        s
+        for unit in units
+        for w, position in zip(unit.variables, unit.positions)
+        for s in kernels.block_sums(
+            squares,
+            ops.cast(gradients[position], unit.dtype),
+            w,
+            unit.matrices.partition,
+        )
+    ]

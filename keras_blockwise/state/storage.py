@@ -7,6 +7,7 @@ numbers. So small slots of one kind are kept together in one variable.
 import itertools
 import math
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from keras_blockwise.algorithm.step import Rule
 from keras_blockwise.algorithm.units import Accumulators
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.algorithm.units import Group
+from keras_blockwise.algorithm.units import MatrixWeights
 from keras_blockwise.algorithm.units import Weights
 from keras_blockwise.blocking.axes import Weight
 from keras_blockwise.blocking.blocking import Row
@@ -144,6 +146,11 @@ class Storage:
         self._partitions = {
             i: row.partition for i, row in enumerate(rows) if row
         }
+        self._matrices = {
+            i: row.matrices
+            for i, row in enumerate(rows)
+            if rule.matrix_function and row and row.matrices
+        }
         # Where a variable has no entry, and nothing to update.
         self.empty = {i for i, p in self._partitions.items() if 0 in p.shape}
         self._keys = accumulator_keys(self.partitions)
@@ -151,6 +158,11 @@ class Storage:
             (slot.name, self._keys_of(slot.name)[slot.index]): slot
             for slot in slots
         }
+
+    @property
+    def has_matrices(self) -> list[bool]:
+        """Whether each variable takes the step of a matrix."""
+        return [i in self._matrices for i in range(len(self.variables))]
 
     @property
     def paths(self) -> list[str]:
@@ -204,9 +216,11 @@ class Storage:
             indices: Positions of the variables.
             weight_decay: Tells the weight decay of the variable at a position.
         """
+        position_of = {i: position for position, i in enumerate(indices)}
+        others = [i for i in indices if i not in self._matrices]
         members: dict[Key, list[int]] = {}
-        for position, i in enumerate(indices):
-            members.setdefault(self._keys[i], []).append(position)
+        for i in others:
+            members.setdefault(self._keys[i], []).append(position_of[i])
         accumulators = []
         for keys, _ in self._together("velocity", list(members)):
             groups = tuple(
@@ -226,11 +240,10 @@ class Storage:
         if self.rule.momentum.has_state:
             together = [
                 (own, (part,))
-                for own, part in self._together("momentum", indices)
+                for own, part in self._together("momentum", others)
             ]
         else:
-            together = [((i,), ()) for i in indices]
-        position_of = {i: position for position, i in enumerate(indices)}
+            together = [((i,), ()) for i in others]
         weights = [
             Weights(
                 self._slots["velocity", self._keys[own[0]]].dtype,
@@ -245,7 +258,44 @@ class Storage:
             )
             for own, momentum in together
         ]
-        return Batch(accumulators, weights)
+        return Batch(
+            accumulators, weights, self._matrix_units(position_of, weight_decay)
+        )
+
+    def _matrix_units(
+        self, positions: dict[int, int], weight_decay: Callable[[int], float]
+    ) -> list[MatrixWeights]:
+        """The variables at `positions` that are matrices, those alike together.
+
+        Args:
+            positions: Position of the gradient, by that of the variable.
+            weight_decay: As in `batch`.
+        """
+        alike: dict[Any, list[int]] = {}
+        for i in positions:
+            if i in self._matrices:
+                dtype = self._slots["velocity", i].dtype
+                key = dtype, self._partitions[i], self._matrices[i]
+                alike.setdefault(key, []).append(i)
+
+        def parts(i: int, names: Iterable[str]) -> tuple[Part, ...]:
+            return tuple(self._together(name, [i])[0][1] for name in names)
+
+        momentum = ["momentum"] * self.rule.momentum.has_state
+        statistics = self.rule.second_moment.statistics
+        return [
+            MatrixWeights(
+                dtype,
+                partition,
+                matrices,
+                tuple(positions[i] for i in own),
+                tuple(weight_decay(i) for i in own),
+                tuple(self.variables[i] for i in own),
+                tuple(parts(i, momentum) for i in own),
+                tuple(parts(i, statistics) for i in own),
+            )
+            for (dtype, partition, matrices), own in alike.items()
+        ]
 
     def _keys_of(self, name: str) -> Sequence[Any]:
         return range(len(self.rows)) if name == "momentum" else self._keys

@@ -47,6 +47,8 @@ Adam = keras.optimizers.Adam
 RMSprop = keras.optimizers.RMSprop
 # Betas that float32 can hold: Keras rounds them to it even in float64.
 BETAS = {"beta_1": 0.875, "beta_2": 1 - 2.0**-9}
+# An output layer, so that there is no warning; biases are in every model.
+HIDDEN = {"output_layer": ".*out|.*bias"}
 
 CASES = [
     Case(kb.BlockAdam, {}, Adam),
@@ -62,6 +64,8 @@ CASES = [
     Case(kb.BAGM, {"nesterov": False}),
     Case(kb.BAGM, {"accumulator": "polynomial", "power": 2.0}),
     Case(kb.BAGM, {"momentum": 0.0}),
+    Case(kb.BlockMuon, {"momentum": 0.0, "ns_steps": 3, **HIDDEN}),
+    Case(kb.BlockMuon, HIDDEN),
     Case(kb.BAG, {}, Adagrad),
     Case(
         kb.BAG,

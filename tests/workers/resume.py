@@ -34,6 +34,7 @@ OPTIMIZERS = {
     "BlockAdam": (kb.BlockAdam, {"amsgrad": True, "weight_decay": 0.01}),
     "AdamMini": (kb.AdamMini, {"momentum_dtype": "bfloat16"}),
     "BAGM": (kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
+    "BlockMuon": (kb.BlockMuon, {"output_layer": ".*bias"}),
     "BAG": (kb.BAG, {"blocking": "model"}),
     "BlockRMSprop": (kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
 }
@@ -190,6 +191,7 @@ DEFAULT = [
     Setting("BlockRMSprop", "weights", "eager", "mixed_float16"),
     Setting("BAGM", "backup", "eager", "ema"),
     Setting("BlockAdam", "keras", "xla", "skip"),
+    Setting("BlockMuon", "keras", "graph"),
     Setting("BAG", "weights", "xla"),
     Setting("AdamMini", "model_checkpoint", "xla", "mixed_float16"),
     Setting("BAGM", "backup", "replicas", "ema"),
