@@ -2,13 +2,14 @@
 
     python -m benchmarks.step --model gpt2
     python -m benchmarks.step --model resnet50 --peers keras,torch
-    python -m benchmarks.step --model gpt2 --peers muon --schemes output_unit
+    python -m benchmarks.step --model gpt2_2 --peers muon --schemes output_unit
 
 Applies the same random gradients to variables with the shapes of a model.
 All contestants take part in every round. What a step has to read and write at
 least is compared with the bandwidth of a plain copy, measured in the same
 rounds. Peers that are not installed are left out. With the peer "muon", Keras's
-Muon and `BlockMuon` are alone: their steps take a hundred times as long.
+Muon and `BlockMuon` are alone: their steps take seconds, so `gpt2_2` has two
+blocks of GPT-2 only.
 """
 
 from benchmarks import models

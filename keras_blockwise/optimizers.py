@@ -16,7 +16,6 @@ from keras_blockwise.optimizer import BlockwiseOptimizer
 from keras_blockwise.validation import check_choice
 from keras_blockwise.validation import check_fraction
 from keras_blockwise.validation import check_non_negative
-from keras_blockwise.validation import check_pattern
 from keras_blockwise.validation import check_positive_integer
 
 
@@ -629,7 +628,7 @@ class BlockMuon(BlockwiseOptimizer):
         self.beta_2 = check_fraction("beta_2", beta_2)
         self.epsilon = check_non_negative("epsilon", epsilon)
         self.ns_steps = check_positive_integer("ns_steps", ns_steps)
-        self.output_layer = check_pattern("output_layer", output_layer)
+        self.output_layer = output_layer
         self.blocking = self.blocking.changed(output_layer=output_layer)
 
     def rule(self) -> Rule:

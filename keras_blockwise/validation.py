@@ -1,7 +1,6 @@
 """Checks of arguments: the argument, the rule, and the value received."""
 
 import math
-import re
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -62,23 +61,6 @@ def check_positive_integer(name: str, value: Any) -> int:
             f"`{name}` must be an integer >= 1. Received: {name}={value!r}."
         )
     return int(value)
-
-
-def check_pattern(name: str, value: Any) -> str | None:
-    """A path or a regular expression, or `None`."""
-    try:
-        if value is not None:
-            re.compile(value)
-    except (TypeError, re.error) as error:
-        raise ValueError(
-            f"`{name}` must be `None`, a path or a regular expression "
-            f"({error}). Received: {name}={value!r}."
-        ) from error
-    if not isinstance(value, str | None):
-        raise ValueError(
-            f"`{name}` must be `None` or a string. Received: {name}={value!r}."
-        )
-    return value
 
 
 def check_keras_numbers(arguments: Mapping[str, Any]) -> None:

@@ -97,10 +97,6 @@ LEARNING_RATES = [
 MUON = [
     (kb.BlockMuon, "ns_steps", value, "an integer >= 1")
     for value in (*NOT_NUMBERS, 0, 2.0)
-] + [
-    (kb.BlockMuon, "output_layer", "a(b", "a path or a regular expression.*"),
-    (kb.BlockMuon, "output_layer", b"out", "`None` or a string"),
-    (kb.BlockMuon, "output_layer", 3, "a path or a regular expression.*"),
 ]
 # Class, argument, value, and what the argument must be.
 ARGUMENTS = [*NUMBERS, *CHOICES, *LEARNING_RATES, *MUON]
@@ -159,6 +155,16 @@ BLOCKINGS = {
         lambda: kb.Blocking(rules={3: "layer"}),
         TypeError,
         "A key of `rules` must be .*Received: 3",
+    ),
+    "malformed output layer": (
+        lambda: kb.BlockMuon(output_layer="a(b"),
+        ValueError,
+        r"`output_layer` must be .*unterminated.*Received: 'a\(b'",
+    ),
+    "number as an output layer": (
+        lambda: kb.BlockMuon(output_layer=3),
+        TypeError,
+        "`output_layer` must be a string, .*Received: 3",
     ),
     "from_model without a model": (
         lambda: kb.Blocking.from_model("model"),

@@ -177,19 +177,10 @@ class Blocking:
             )
         object.__setattr__(self, "rules", dict(self.rules or {}))
         for pattern, scheme in self.rules.items():
-            if not isinstance(pattern, str):
-                raise TypeError(
-                    "A key of `rules` must be a string, the path of a variable "
-                    f"or a regular expression. Received: {pattern!r}."
-                )
+            check_pattern("A key of `rules`", pattern)
             check_scheme(f"`rules[{pattern!r}]`", scheme)
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    "A key of `rules` must be the path of a variable or a "
-                    f"regular expression ({error}). Received: {pattern!r}."
-                ) from error
+        if self.output_layer is not None:
+            check_pattern("`output_layer`", self.output_layer)
 
     @classmethod
     def from_model(
@@ -421,6 +412,21 @@ def check_scheme(argument: str, scheme: Any) -> None:
             f"{argument} must be a string, or a tuple of positive integers and "
             f"`None` (for a whole axis). Received: {scheme!r}."
         )
+
+
+def check_pattern(argument: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"{argument} must be a string, the path of a variable or a "
+            f"regular expression. Received: {pattern!r}."
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{argument} must be the path of a variable or a regular "
+            f"expression ({error}). Received: {pattern!r}."
+        ) from error
 
 
 def match_rules(
