@@ -47,8 +47,8 @@ Adam = keras.optimizers.Adam
 RMSprop = keras.optimizers.RMSprop
 # Betas that float32 can hold: Keras rounds them to it even in float64.
 BETAS = {"beta_1": 0.875, "beta_2": 1 - 2.0**-9}
-# An output layer, so that there is no warning; biases are in every model.
-HIDDEN = {"output_layer": ".*out|.*bias|kernel"}
+# An output layer, so that there is no warning, and other kernels are hidden.
+HIDDEN = {"output_layer": ".*out|.*bias|embedding.*|kernel"}
 
 CASES = [
     Case(kb.BlockAdam, {}, Adam),
