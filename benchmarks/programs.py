@@ -31,7 +31,10 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP} "
     "--xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*"
 )
-OPTIMIZERS = ("BlockAdam", "AdamMini", "BAGM", "BAG", "BlockRMSprop")
+OPTIMIZERS = (
+    *("BlockAdam", "AdamMini", "BlockNadam"),
+    *("BAGM", "BAG", "BlockRMSprop"),
+)
 SCHEMES = ("variable", "output_unit", "layer")
 NAME = re.compile(r"%[\w.-]+")
 NOISE = re.compile(

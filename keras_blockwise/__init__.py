@@ -3,11 +3,13 @@
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.layer_axes import register_layer_axes
 from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.multipliers import layerwise_decay
 from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
 from keras_blockwise.optimizers import AdamMini
 from keras_blockwise.optimizers import BlockAdam
 from keras_blockwise.optimizers import BlockMuon
+from keras_blockwise.optimizers import BlockNadam
 from keras_blockwise.optimizers import BlockRMSprop
 from keras_blockwise.state.convert import convert_state
 from keras_blockwise.state.saving import all_or_nothing
@@ -21,11 +23,13 @@ __all__ = [
     "BAGM",
     "BlockAdam",
     "BlockMuon",
+    "BlockNadam",
     "BlockRMSprop",
     "Blocking",
     "Partition",
     "all_or_nothing",
     "convert_state",
+    "layerwise_decay",
     "register_layer_axes",
     "summary",
 ]

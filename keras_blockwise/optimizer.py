@@ -1,12 +1,13 @@
 """The base class of every optimizer: arguments, blocks, configuration."""
 
-import dataclasses
 import inspect
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_blockwise.algorithm.step import Rule
 from keras_blockwise.blocking.blocking import Blocking
@@ -14,6 +15,7 @@ from keras_blockwise.blocking.blocking import Row
 from keras_blockwise.blocking.blocking import Tile
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.execution import Execution
+from keras_blockwise.multipliers import Multipliers
 from keras_blockwise.state import saving
 from keras_blockwise.state.slots import ITEM_SIZES
 from keras_blockwise.state.slots import Slot
@@ -34,11 +36,17 @@ SETTABLE = {
     "global_clipnorm",
     "jit_compile",
     "learning_rate",
+    "learning_rate_multipliers",
     "loss_scale_factor",
     "name",
 }
 # Arguments of which the constructor makes something.
 USED_AT_ONCE = {"skip_nonfinite", "value"}
+NOT_SETTABLE = (
+    "`learning_rate_multipliers` must be a mapping, and can be set on a built "
+    "optimizer if its constructor was given one, such as `{{}}`. Received: "
+    "learning_rate_multipliers={!r}."
+)
 NO_STATE_IN_H5 = (
     "An optimizer must be built before its weights are set. Received: one that "
     "is not, as always when Keras loads an `.h5` file. Build it, or save the "
@@ -64,6 +72,9 @@ class BlockwiseOptimizer(Execution):
             variables.
         skip_nonfinite: Boolean. Whether to leave out a step whose gradient has
             an infinity or a NaN; see `BlockAdam`.
+        learning_rate_multipliers: A mapping from the path of a variable, or a
+            regular expression that matches the whole path, to a factor of its
+            learning rate; see `BlockAdam`.
         **kwargs: As in `keras.optimizers.Optimizer`.
     """
 
@@ -80,14 +91,10 @@ class BlockwiseOptimizer(Execution):
         momentum_dtype: str | None = None,
         jit_compile: bool | str = "auto",
         skip_nonfinite: bool = False,
+        learning_rate_multipliers: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if type(self).update_step is not BlockwiseOptimizer.update_step:
-            raise TypeError(
-                f"{type(self).__name__} must not have `update_step`, which is "
-                "never called: all variables are updated together. Override "
-                "`rule`, or `apply` to change the gradients."
-            )
+        check_methods(type(self))
         check_choice("skip_nonfinite", skip_nonfinite, (True, False))
         check_choice("jit_compile", jit_compile, (True, False, "auto"))
         check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
@@ -102,6 +109,7 @@ class BlockwiseOptimizer(Execution):
         self.momentum_dtype = momentum_dtype
         self._storage: Storage | None = None
         self._fixed: frozenset[str] = frozenset()
+        self._given = Multipliers.of(learning_rate_multipliers)
 
     def __setattr__(self, name: str, value: Any) -> None:
         state = vars(self)
@@ -116,6 +124,25 @@ class BlockwiseOptimizer(Execution):
         if name == "blocking" and not isinstance(value, Blocking):
             value = Blocking(value)
         super().__setattr__(name, value)
+
+    @property
+    def learning_rate_multipliers(self) -> dict[str, float] | None:
+        """Factors of the learning rate, by the keys that were given."""
+        if self._given is None:
+            return None
+        if self._multipliers is None:
+            return dict(self._given.factors)
+        return self._given.with_values(self._multipliers.numpy())
+
+    @learning_rate_multipliers.setter
+    def learning_rate_multipliers(self, value: Mapping[str, float]) -> None:
+        given = Multipliers.of(value)
+        if self.built:
+            if given is None or self._multipliers is None:
+                raise ValueError(NOT_SETTABLE.format(value))
+            given = given.with_keys_of(self._given, self.block_state.variables)
+            self._multipliers.assign(given.values())
+        self._given = given
 
     def rule(self) -> Rule:
         """How the step is made from the arguments of the constructor."""
@@ -161,11 +188,15 @@ class BlockwiseOptimizer(Execution):
 
     def _build(self, variables: Sequence[Variable]) -> None:
         rows, slots = self.plan(variables)
+        given = self._matched(variables, rows)
         if self.restored_layout is not None:
             saving.check_planned(self, variables, slots)
         with self.whole_or_not_built():
             if variables:  # Keras gives none when it loads an `.h5` file.
                 super().build(variables)
+                if given is not None:
+                    self._given = given
+                    self._multipliers = add_multipliers(self, given.values())
             self._storage = Storage(
                 self.rule(), variables, rows, slots, self.add_slot
             )
@@ -217,18 +248,40 @@ class BlockwiseOptimizer(Execution):
         state = self.block_state
         return state.variables, state.rows, state.slots
 
+    def planned_multipliers(
+        self, variables: Sequence[Variable], rows: Sequence[Row | None]
+    ) -> list[float] | list[None]:
+        """The factor of each variable as it is or will be built, if any."""
+        if self._multipliers is not None:
+            return [float(value) for value in self._multipliers.numpy()]
+        given = None if self.built else self._matched(variables, rows)
+        return [None] * len(variables) if given is None else given.values()
+
+    def _matched(
+        self, variables: Sequence[Variable], rows: Sequence[Row | None]
+    ) -> Multipliers | None:
+        if self._given is None or not variables:
+            return None
+        as_saved = self.blocking.table == tuple(row for row in rows if row)
+        return self._given.matched(variables, as_saved)
+
     def get_config(self) -> dict[str, Any]:
         """The arguments of the constructor and the blocks, as plain data."""
-        blocking = self.blocking
+        blocking, multipliers = self.blocking, self._given
+        if multipliers is not None and self.learning_rate_multipliers:
+            factors = self.learning_rate_multipliers
+            multipliers = replace(multipliers, factors=factors)
         if self.built:
             table = tuple(row for row in self.block_state.rows if row)
-            blocking = dataclasses.replace(blocking, table=table)
+            blocking = replace(blocking, table=table)
         return {
             **super().get_config(),
             "blocking": blocking.get_config(),
             "momentum_dtype": self.momentum_dtype,
             "jit_compile": self.jit_compile,
             "skip_nonfinite": self.skip_nonfinite,
+            "learning_rate_multipliers": multipliers
+            and multipliers.get_config(),
         }
 
     @classmethod
@@ -238,17 +291,12 @@ class BlockwiseOptimizer(Execution):
         config = dict(config)
         if isinstance(config.get("blocking"), Mapping):
             config["blocking"] = Blocking.from_config(config["blocking"])
+        if "learning_rate_multipliers" in config:
+            config["learning_rate_multipliers"] = Multipliers.from_config(
+                config["learning_rate_multipliers"]
+            )
         if isinstance(schedule := config.get("learning_rate"), dict):
-            try:
-                config["learning_rate"] = keras.saving.deserialize_keras_object(
-                    schedule, custom_objects
-                )
-            except Exception as error:  # Of many kinds, in a damaged config.
-                raise ValueError(
-                    "`learning_rate` must be a number or the config of a "
-                    f"`LearningRateSchedule` ({error}). Received: "
-                    f"learning_rate={schedule!r}."
-                ) from error
+            config["learning_rate"] = deserialized(schedule, custom_objects)
         optimizer: BlockwiseOptimizer
         optimizer = super().from_config(config, custom_objects)
         return optimizer
@@ -278,6 +326,51 @@ class BlockwiseOptimizer(Execution):
             with saving.no_obstacle(self):
                 raise ValueError(NO_STATE_IN_H5)
         super().set_weights(weights)
+
+
+def check_methods(cls: Any) -> None:
+    """Raises an error if a subclass has a method that nobody would call."""
+    if cls.update_step is not BlockwiseOptimizer.update_step:
+        raise TypeError(
+            f"{cls.__name__} must not have `update_step`, which is never "
+            "called: all variables are updated together. Override `rule`, or "
+            "`apply` to change the gradients."
+        )
+    if hasattr(cls, "get_gradients"):
+        raise TypeError(
+            f"{cls.__name__} must not have `get_gradients`, by which Keras 2 "
+            "lets Horovod's `DistributedOptimizer` average the gradients, and "
+            "which Keras 3 never calls: each worker would train alone. Take "
+            f"the {cls.__name__} that is not wrapped, and average by "
+            "`hvd.DistributedGradientTape` or "
+            "`tf.distribute.MultiWorkerMirroredStrategy`."
+        )
+
+
+def add_multipliers(
+    optimizer: BlockwiseOptimizer, values: Sequence[float]
+) -> Variable:
+    """A variable of the optimizer with a number for each of its variables."""
+    # Not assigned: in a graph, that would be done anew in each step.
+    return optimizer.add_variable(
+        shape=(len(values),),
+        initializer=lambda shape, dtype: ops.convert_to_tensor(values, dtype),
+        dtype="float32",
+        aggregation="only_first_replica",
+        name="learning_rate_multipliers",
+    )
+
+
+def deserialized(schedule: Mapping[str, Any], custom_objects: Any) -> Any:
+    """The learning rate schedule with this config."""
+    try:
+        return keras.saving.deserialize_keras_object(schedule, custom_objects)
+    except Exception as error:  # Of many kinds, in a damaged config.
+        raise ValueError(
+            "`learning_rate` must be a number or the config of a "
+            f"`LearningRateSchedule` ({error}). Received: "
+            f"learning_rate={schedule!r}."
+        ) from error
 
 
 def fixed_arguments(cls: type) -> frozenset[str]:

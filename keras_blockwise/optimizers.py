@@ -53,12 +53,17 @@ class BlockAdam(BlockwiseOptimizer):
             float32, or float64 for float64 variables.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
             XLA. Defaults to `"auto"`: wherever the device can.
-        **kwargs: `skip_nonfinite`, and the other arguments of
-            `keras.optimizers.Optimizer`: `weight_decay`, `clipnorm`,
-            `use_ema`, ... With `skip_nonfinite=True`, a step whose gradient
-            has an infinity or a NaN (or is too large to be squared) changes
-            neither weights nor state, and adds one to
+        **kwargs: `skip_nonfinite`, `learning_rate_multipliers`, and the other
+            arguments of `keras.optimizers.Optimizer`: `weight_decay`,
+            `clipnorm`, `use_ema`, ... With `skip_nonfinite=True`, a step whose
+            gradient has an infinity or a NaN (or is too large to be squared)
+            changes neither weights nor state, and adds one to
             `optimizer.skipped_steps`, a variable that is saved.
+            `learning_rate_multipliers` maps the path of a variable, or a
+            regular expression that matches the whole path, to a factor >= 0 of
+            its learning rate, weight decay included. They are saved with the
+            state. `optimizer.learning_rate_multipliers = {...}` sets them
+            between steps, if the constructor was given some, or `{}`.
 
     Raises:
         ValueError, TypeError: If an argument is out of its range.
@@ -216,6 +221,83 @@ class AdamMini(BlockAdam):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "value": self.value}
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class BlockNadam(BlockAdam):
+    """`BlockAdam` that looks one step ahead, as Nesterov's momentum does.
+
+    With `s_b` the mean of the squared gradient over block b, t = 1, 2, ...,
+    `u_t = beta_1 * (1 - 0.96^t / 2)` and `U_t = u_1 * ... * u_t`:
+
+        m <- beta_1 * m + (1 - beta_1) * g                    per weight
+        v <- beta_2 * v + (1 - beta_2) * s_b                  per block
+        m' = u_{t+1} * m / (1 - U_{t+1}) + (1 - u_t) * g / (1 - U_t)
+        w <- w - learning_rate * m' / (sqrt(v / (1 - beta_2^t)) + epsilon)
+
+    With `blocking="coordinate"` this is `keras.optimizers.Nadam`. The state is
+    that of `BlockAdam`.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use. Defaults to
+            `0.001`.
+        beta_1: Decay rate of the momentum, in [0, 1). Defaults to `0.9`.
+        beta_2: Decay rate of the second moment, in [0, 1). Defaults to
+            `0.999`.
+        epsilon: Small number that keeps the division finite, added to the
+            root of the second moment after its bias correction. Defaults to
+            `1e-7`.
+        blocking: As in `BlockAdam`. Defaults to `"output_unit"`.
+        momentum_dtype: As in `BlockAdam`.
+        jit_compile: As in `BlockAdam`.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range.
+
+    Example:
+
+    >>> optimizer = BlockNadam(learning_rate=1e-3)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Zheng & Kwok, 2019](https://arxiv.org/abs/1905.09899) for the blocks
+    - [Dozat, 2015](http://cs229.stanford.edu/proj2015/054_report.pdf) for the
+      momentum
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        blocking: str | Tile | Blocking = "output_unit",
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            blocking=blocking,
+            momentum_dtype=momentum_dtype,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+
+    def rule(self) -> Rule:
+        return replace(
+            super().rule(),
+            root=second_moments.epsilon_corrected(self.epsilon),
+            momentum=momenta.nadam(self.beta_1),
+        )
 
 
 @keras.saving.register_keras_serializable("keras_blockwise")

@@ -30,23 +30,26 @@ class SummaryRow:
         layer: Path of the layer that owns it.
         shape: Its shape.
         source: The scheme, the tuple or the rule that made its blocks.
-        block_shape: Shape of one block.
+        block_shape: Shape of one block; `None` if there are no blocks.
         num_blocks: Number of blocks; 0 where an earlier variable of its group
             counts the one they share.
         group: Name of the accumulator it shares with others, or `None`.
         state_bytes: Bytes of the state that belongs to it.
         adam_bytes: Bytes of the state that `keras.optimizers.Adam` would have.
+        multiplier: Factor of its learning rate; `None` if the optimizer has no
+            `learning_rate_multipliers`.
     """
 
     path: str
     layer: str
     shape: Shape
     source: str
-    block_shape: Shape
+    block_shape: Shape | None
     num_blocks: int
     group: str | None
     state_bytes: int
     adam_bytes: int
+    multiplier: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,9 @@ class Summary:
         table.add_column("variable", overflow="fold")
         for name in ("shape", "block", "blocks", "state"):
             table.add_column(name, justify="right", no_wrap=True)
+        multiplied = any(row.multiplier is not None for row in self.rows)
+        if multiplied:
+            table.add_column("rate", justify="right", no_wrap=True)
         if len(sources) > 1:
             table.add_column("blocks by", overflow="fold")
         for top, lines in fold(self.rows):
@@ -96,11 +102,14 @@ class Summary:
                 cells = [
                     f"  {name}" if top else name,
                     the_only({str(row.shape) for row in rows}),
-                    the_only({str(row.block_shape) for row in rows}),
-                    f"{num_blocks:,}" if num_blocks else "shared",
+                    the_only({block_of(row) for row in rows}),
+                    f"{num_blocks:,}" if num_blocks else none_of(rows),
                     to_text(sum(row.state_bytes for row in rows)),
-                    the_only({row.source for row in rows}),
                 ]
+                if multiplied:
+                    rates = {f"x {row.multiplier:.3g}" for row in rows}
+                    cells.append(the_only(rates))
+                cells.append(the_only({row.source for row in rows}))
                 table.add_row(*cells[: len(table.columns)])
         console = Console(width=WIDTH)
         with console.capture() as capture:
@@ -153,12 +162,15 @@ def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
             f"that is compiled with one. Received: {optimizer!r}."
         )
     variables, rows, slots = optimizer.planned(variables)
+    multipliers = optimizer.planned_multipliers(variables, rows)
     state_bytes = [0] * len(rows)
     for slot in slots:
         state_bytes[slot.index] += slot.num_bytes
     counted = set()
     lines = []
-    for variable, row, num_bytes in zip(variables, rows, state_bytes):
+    for variable, row, num_bytes, multiplier in zip(
+        variables, rows, state_bytes, multipliers
+    ):
         if row is None:
             continue
         weight = Weight.of(variable)
@@ -176,6 +188,7 @@ def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
                 group=group,
                 state_bytes=num_bytes,
                 adam_bytes=2 * math.prod(partition.shape) * ITEM_SIZES[dtype],
+                multiplier=multiplier,
             )
         )
         if group is not None:
@@ -219,6 +232,15 @@ def fold(rows: Sequence[SummaryRow]) -> list[tuple[str, list[Line]]]:
             (head, list(zip(names, (members for _, members in lines))))
         )
     return blocks
+
+
+def block_of(row: SummaryRow) -> str:
+    return "-" if row.block_shape is None else str(row.block_shape)
+
+
+def none_of(rows: Sequence[SummaryRow]) -> str:
+    """Why there are no blocks of their own."""
+    return "-" if all(row.group is None for row in rows) else "shared"
 
 
 def times(count: int) -> str:

@@ -16,7 +16,7 @@ KERAS_NUMBERS = {
     "loss_scale_factor",
     "weight_decay",
 }
-# What is no number, and no tensor that is one.
+# Neither numbers nor tensors.
 CONTAINERS = (str, bytes, list, tuple, set, dict)
 
 

@@ -38,6 +38,8 @@ FRACTIONS = [
     (kb.BlockAdam, "beta_2"),
     (kb.AdamMini, "beta_1"),
     (kb.AdamMini, "beta_2"),
+    (kb.BlockNadam, "beta_1"),
+    (kb.BlockNadam, "beta_2"),
     (kb.BAGM, "momentum"),
     (kb.BAGM, "beta_2"),
     (kb.BlockMuon, "momentum"),
@@ -48,6 +50,7 @@ FRACTIONS = [
 NON_NEGATIVE = [
     (kb.BlockAdam, "epsilon"),
     (kb.AdamMini, "epsilon"),
+    (kb.BlockNadam, "epsilon"),
     (kb.BAGM, "epsilon"),
     (kb.BAGM, "power"),
     (kb.BAG, "epsilon"),
@@ -371,6 +374,15 @@ OTHERS = {
         )(),
         TypeError,
         "Mine must not have `update_step`.*Override `rule`, or `apply`",
+    ),
+    "Horovod": (
+        # It makes a subclass of the same name, and the optimizer anew.
+        lambda: type(
+            "BAG", (kb.BAG,), {"get_gradients": lambda self, loss, params: None}
+        ).from_config(kb.BAG().get_config()),
+        TypeError,
+        "BAG must not have `get_gradients`.*Horovod's.*each worker would train "
+        "alone.*average by `hvd.DistributedGradientTape`",
     ),
     "update_step": (
         lambda: kb.BAG().update_step(1.0, *make_variables({"a/bias": ()}), 0.1),

@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import re
+from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import keras
 import pytest
 
 import keras_blockwise as kb
+from helpers import processes
 
 ROOT = Path(kb.__file__).parent
 PATHS = {
@@ -141,10 +144,14 @@ IMPORTS = {
     "algorithm": {"blocking.partition"},
     "state": {"algorithm", "blocking"},
     "execution": {"algorithm", "blocking.partition", "state"},
-    "optimizer": {"algorithm", "blocking", "execution", "state", "validation"},
+    "multipliers": {"blocking", "validation"},
+    "optimizer": {
+        *("algorithm", "blocking", "execution"),
+        *("multipliers", "state", "validation"),
+    },
     "optimizers": {"algorithm", "blocking", "optimizer", "validation"},
     "summary": {"blocking", "optimizer", "state"},
-    "__init__": {"blocking", "optimizers", "state", "summary"},
+    "__init__": {"blocking", "multipliers", "optimizers", "state", "summary"},
 }
 
 
@@ -177,6 +184,23 @@ def test_nothing_is_too_long_to_read(module):
         assert lines_of(function) <= 50, function.name
     for cls in nodes(module, ast.ClassDef):
         assert lines_of(cls) <= 250, cls.name
+
+
+@by_module
+def test_no_function_is_unused(module):
+    here = module.removesuffix(".__init__")
+    elsewhere = set().union(*(attributes(m) for m in SOURCES))
+    used = {
+        node.id
+        for node in nodes(module, ast.Name)
+        if isinstance(node.ctx, ast.Load)
+    }
+    for node in SOURCES[module].body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            imported = f"keras_blockwise.{here}.{node.name}"
+            assert node.name in used | elsewhere or any(
+                imported in imported_names(m) for m in SOURCES
+            ), node.name
 
 
 def test_the_step_imports_no_optimizer_and_no_variable():
@@ -290,3 +314,16 @@ def test_all_is_sorted_and_complete():
     imported = {name.rpartition(".")[2] for name in imported_names("__init__")}
     assert set(kb.__all__) == imported
     assert len(kb.__all__) == len(imported)
+
+
+def test_the_lower_bounds_are_the_oldest_versions_that_are_tested():
+    setup = ConfigParser()
+    setup.read(processes.ROOT / "setup.cfg")
+    required = setup["options"]["install_requires"]
+    required += setup["options.extras_require"]["tensorflow"]
+    bounds = re.findall(r"^(\S+)>=(\S+)$", required, re.M)
+    oldest = (processes.ROOT / ".ci" / "oldest.txt").read_text()
+    tested = dict(re.findall(r"^(\S+)==(\S+)$", oldest, re.M))
+    assert {"keras", "numpy", "rich", "tensorflow"} == set(dict(bounds))
+    for name, version in bounds:
+        assert f"{tested[name]}.".startswith(f"{version}.")

@@ -104,6 +104,7 @@ OPTIMIZERS = {
     "amsgrad": (kb.BlockAdam, {"amsgrad": True}),
     "bfloat16": (kb.BlockAdam, {"momentum_dtype": "bfloat16"}),
     "AdamMini": (kb.AdamMini, {}),
+    "BlockNadam": (kb.BlockNadam, {}),
     "BAGM": (kb.BAGM, {}),
     "BAGM without": (kb.BAGM, {"momentum": 0.0}),
     "BAG": (kb.BAG, {}),

@@ -32,7 +32,7 @@ def block_sum(x: Tensor, p: Partition) -> Tensor:
         return ops.sum(x)
     if has_whole_tiles(p):
         # Devices may have parts of any axis: a reshape would gather them.
-        axes = tuple(i for i, n in enumerate(p.block_shape) if n > 1)
+        axes = tuple(i for i, n in enumerate(p.tile) if n > 1)
         return ops.sum(x, axis=axes, keepdims=True) if axes else x
     total = ops.sum(reshape(x, p.view_shape), axis=p.view_axes)
     return reshape(total, p.accumulator_shape)
@@ -40,7 +40,7 @@ def block_sum(x: Tensor, p: Partition) -> Tensor:
 
 def has_whole_tiles(p: Partition) -> bool:
     """Whether each axis is all of a block or has one entry of it."""
-    return all(tile in (1, n) for n, tile in zip(p.shape, p.block_shape))
+    return all(tile in (1, n) for n, tile in zip(p.shape, p.tile))
 
 
 def spread(
@@ -67,7 +67,7 @@ def spread(
     if p.group is not None:
         return p.shape, ops.reshape(value, (1,) * len(p.shape))
     if len(p.view_shape) > 5:  # TensorFlow broadcasts no higher without XLA.
-        for axis, n in enumerate(p.block_shape):
+        for axis, n in enumerate(p.tile):
             value = ops.repeat(value, n, axis=axis)
         return p.shape, value
     if has_whole_tiles(p):
@@ -77,7 +77,7 @@ def spread(
 
 def joined_blocks(partitions: Sequence[Partition]) -> np.ndarray:
     """The number of the block of each entry of variables in a row."""
-    ends = itertools.accumulate(p.num_blocks for p in partitions)
+    ends = itertools.accumulate(math.prod(p.grid) for p in partitions)
     return np.concatenate(
         [p.blocks.ravel() + start for p, start in zip(partitions, [0, *ends])]
     )

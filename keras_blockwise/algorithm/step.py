@@ -16,10 +16,11 @@ A rule with a `matrix_function` takes another step where a variable is a matrix:
     s = mean_b(x^2); v as above; x = x / root(v)
     w <- w - learning_rate * (weight_decay * w + RMS * x / sqrt(mean(x^2)))
 
-`v` and `step_size` are numbers of a block, `m` and `w` of an entry. The forms
-of `v` and `root` are in `second_moment`, those of the coefficients in
-`accumulators` and `momentum`. Blockwise adaptivity: Zheng & Kwok 2019,
-arXiv:1905.09899.
+`v` and `step_size` are numbers of a block, `m` and `w` of an entry. Without
+blocks, `step_size = learning_rate`, or the root is 1. A multiplier is a factor
+of the learning rate of one variable. The forms of `v` and `root` are in
+`second_moment`, those of the coefficients in `accumulators` and `momentum`.
+Blockwise adaptivity: Zheng & Kwok 2019, arXiv:1905.09899.
 """
 
 import functools
@@ -83,6 +84,7 @@ class Scalars(NamedTuple):
     """What all blocks of step `t` share; see the formulas above."""
 
     learning_rate: Tensor
+    rate: Tensor
     decay: Tensor
     weight: Tensor
     root_correction: Tensor
@@ -96,25 +98,19 @@ class Scalars(NamedTuple):
     ) -> "Scalars":
         decay, weight, correction = rule.accumulator(t)
         root = correction**0.5
-        numerator = root
-        if rule.matrix_function is None:
-            numerator = learning_rate * root
+        rate = learning_rate
+        if rule.matrix_function is not None:
+            rate = ops.ones_like(learning_rate)
         return cls(
             learning_rate,
+            rate,
             decay,
             weight,
             root_correction=root,
-            numerator=numerator,
+            numerator=rate * root,
             momentum=rule.momentum.at(t),
             taken=taken,
         )
-
-    def decayed(self, w: Tensor, weight_decay: float | np.ndarray) -> Tensor:
-        """A weight after its decoupled decay."""
-        if not np.any(weight_decay):
-            return w
-        decay = ops.cast(weight_decay, w.dtype)
-        return w - w * decay * self.learning_rate
 
     def if_taken(self, new: Tensors, old: Tensors) -> Tensors:
         """`new`, or `old` if the step is left out."""
@@ -154,6 +150,7 @@ def step(
     iterations: Tensor,
     kernels: Kernels,
     skip_nonfinite: bool = False,
+    multipliers: Tensor | None = None,
 ) -> tuple[Sequence[Tensors], Any, Iterator[list[MatrixUpdate]], Tensor]:
     """One step of some variables.
 
@@ -166,13 +163,15 @@ def step(
         kernels: How to compute sums and updates.
         skip_nonfinite: Whether to leave out a step if a gradient has an
             infinity or a NaN, or is too large to be squared.
+        multipliers: A factor of the learning rate for each variable of the
+            optimizer; `None` for 1.
 
     Returns:
         The new statistics of each of `batch.accumulators`, the new weights and
         momentum of each of `batch.weights`, what is new of each variable of
         each of `batch.matrices`, and whether the step was taken.
     """
-    means = block_means(rule, batch, gradients, kernels)
+    means = block_means(rule, batch, gradients, kernels, skip_nonfinite)
     taken = True
     if skip_nonfinite:
         sums = [s for s, *_ in means]
@@ -197,7 +196,13 @@ def step(
     ]
     entries = [
         EntryUpdate(
-            partial(entry_step, rule, at(unit.dtype), unit.weight_decay),
+            partial(
+                entry_step,
+                rule,
+                at(unit.dtype),
+                unit.weight_decay,
+                multiplier_of(unit.dtype, unit.variable_of, multipliers),
+            ),
             unit.dtype,
             unit.positions,
             unit.partitions,
@@ -209,10 +214,25 @@ def step(
     ]
     statistics, new = kernels.run(blocks, entries) if entries else ([], [])
     matrices = (
-        matrix_step(rule, at(unit.dtype), unit, gradients, kernels)
+        matrix_step(rule, at(unit.dtype), unit, gradients, kernels, multipliers)
         for unit in batch.matrices
     )
     return statistics, new, matrices, taken
+
+
+def multiplier_of(
+    dtype: str, variable_of: int | np.ndarray, multipliers: Tensor | None
+) -> Tensor | None:
+    """Factor of the learning rate of a unit, of each entry if it has several.
+
+    Variables that share an accumulator may differ in it.
+    """
+    if multipliers is None:
+        return None
+    multipliers = ops.cast(multipliers, dtype)
+    if np.ndim(variable_of):
+        return ops.take(multipliers, variable_of)
+    return multipliers[variable_of]
 
 
 def averaged(rule: Rule, dtype: str, g: Tensor) -> Tensors:
@@ -221,12 +241,19 @@ def averaged(rule: Rule, dtype: str, g: Tensor) -> Tensors:
 
 
 def block_means(
-    rule: Rule, batch: Batch, gradients: Sequence[Tensor], kernels: Kernels
+    rule: Rule,
+    batch: Batch,
+    gradients: Sequence[Tensor],
+    kernels: Kernels,
+    of_all: bool,
 ) -> list[Tensors]:
-    """What each unit of accumulators is to be updated with."""
+    """What each unit is to be updated with; of all units, or as needed."""
     w = {p: unit.variables[0] for unit in batch.weights for p in unit.positions}
     means = []
     for unit in batch.accumulators:
+        if not (unit.statistics or of_all):
+            means.append(())
+            continue
         of_entries = partial(averaged, rule, unit.dtype)
         of_groups = []
         for positions, partitions in unit.groups:
@@ -243,6 +270,8 @@ def block_step(
     rule: Rule, at: Scalars, means: Tensors, *statistics: Tensor
 ) -> Tensors:
     """Once per block: the step size, and the new statistics."""
+    if not statistics:
+        return (at.rate,)
 
     def accumulate(old: Tensor, mean: Tensor) -> Tensor:
         return at.decay * old + at.weight * mean
@@ -256,11 +285,19 @@ def entry_step(
     rule: Rule,
     at: Scalars,
     weight_decay: float | np.ndarray,
+    multiplier: Tensor | None,
     step_size: Tensor,
     *entries: Tensor,
 ) -> Tensors:
     """Once per entry: the new weight, and the new momentum if there is one."""
     g, w, *state = (ops.cast(x, at.learning_rate.dtype) for x in entries)
+    learning_rate = at.learning_rate
+    if multiplier is not None:
+        if len(multiplier.shape):
+            multiplier = reshape(multiplier, w.shape)
+        learning_rate = learning_rate * multiplier
+        if rule.matrix_function is None:
+            step_size = step_size * multiplier
     m = state[0] if state else None
     if rule.momentum_of_gradient:
         m, x = at.momentum(m, g)
@@ -268,9 +305,19 @@ def entry_step(
     else:
         m, direction = at.momentum(m, step_size * g)
     if rule.matrix_function is not None:
-        direction = at.learning_rate * direction
-    new = (at.decayed(w, weight_decay) - direction, *([m] if state else []))
+        direction = learning_rate * direction
+    w_decayed = decayed(w, weight_decay, learning_rate)
+    new = (w_decayed - direction, *([m] if state else []))
     return at.if_taken(new, (w, *state))
+
+
+def decayed(
+    w: Tensor, weight_decay: float | np.ndarray, learning_rate: Tensor
+) -> Tensor:
+    """A weight after its decoupled decay."""
+    if not np.any(weight_decay):
+        return w
+    return w - w * ops.cast(weight_decay, w.dtype) * learning_rate
 
 
 def matrix_step(
@@ -279,6 +326,7 @@ def matrix_step(
     unit: MatrixWeights,
     gradients: Sequence[Tensor],
     kernels: Kernels,
+    multipliers: Tensor | None,
 ) -> list[MatrixUpdate]:
     """The new statistics, weight and momentum of each variable of a unit."""
     function = cast(MatrixFunction, rule.matrix_function)
@@ -297,7 +345,11 @@ def matrix_step(
         x = from_matrices(x, unit.matrices)
         w = ops.cast(unit.variables[i], unit.dtype)
         statistics, direction = scaled(rule, at, unit, i, x, kernels)
-        changed = at.decayed(w, unit.weight_decay[i]) - direction
+        multiplier = multiplier_of(unit.dtype, unit.variable_of[i], multipliers)
+        rate = at.learning_rate
+        if multiplier is not None:
+            rate = rate * multiplier
+        changed = decayed(w, unit.weight_decay[i], rate) - rate * direction
         new.append((statistics, (*at.if_taken((changed,), (w,)), *momentum[i])))
     return new
 
@@ -312,16 +364,18 @@ def scaled(
 ) -> tuple[Tensors, Tensor]:
     """The new statistics of variable `i` of a unit, and its step along `x`."""
     w, p = unit.variables[i], unit.partition
-    of_entries = partial(averaged, rule, unit.dtype)
-    sums = kernels.block_sums(of_entries, x, w, p)
-    means = tuple(block_mean([s], [p]) for s in sums)
-    old = (reshape(v, means[0].shape) for v in unit.statistics[i])
-    step_size, *statistics = block_step(rule, at, means, *old)
-    x = times(x, step_size, p)
+    statistics: Sequence[Tensor] = ()
+    if unit.statistics[i]:
+        of_entries = partial(averaged, rule, unit.dtype)
+        sums = kernels.block_sums(of_entries, x, w, p)
+        means = tuple(block_mean([s], [p]) for s in sums)
+        old = (reshape(v, means[0].shape) for v in unit.statistics[i])
+        step_size, *statistics = block_step(rule, at, means, *old)
+        x = times(x, step_size, p)
     (s,) = kernels.block_sums(squares, x, w, unit.matrices.partition)
     mean = block_mean([s], [unit.matrices.partition])
-    rate = at.learning_rate * RMS * ops.rsqrt(mean + TINY)
-    return tuple(statistics), times(x, rate, unit.matrices.partition)
+    scale = RMS * ops.rsqrt(mean + TINY)
+    return tuple(statistics), times(x, scale, unit.matrices.partition)
 
 
 def times(x: Tensor, values: Tensor, partition: Partition) -> Tensor:

@@ -46,6 +46,7 @@ class Accumulators(NamedTuple):
             `beta_2` of 0.999 is 1.
         groups: What each is an accumulator of.
         statistics: The statistics of all of them, in the order of the rule.
+            None for a variable without blocks, whose second moment is 1.
     """
 
     dtype: str
@@ -58,6 +59,8 @@ class Weights(NamedTuple):
 
     Args:
         dtype: As in `Accumulators`.
+        variable_of: The number of the variable, among all of the optimizer; of
+            each entry if there are several.
         positions: Where their gradients are in the list of gradients.
         partitions: Their blocks.
         weight_decay: Their decoupled weight decay, of each entry if it differs.
@@ -66,6 +69,7 @@ class Weights(NamedTuple):
     """
 
     dtype: str
+    variable_of: int | np.ndarray
     positions: tuple[int, ...]
     partitions: tuple[Partition, ...]
     weight_decay: float | np.ndarray
@@ -78,16 +82,19 @@ class MatrixWeights(NamedTuple):
 
     Args:
         dtype: As in `Accumulators`.
+        variable_of: The number of each, among all of the optimizer.
         partition: The blocks of each.
         matrices: The matrices in each.
         positions: As in `Weights`.
         weight_decay: The decoupled weight decay of each.
         variables: The variables.
         momentum: The momentum of each, a tuple that may be empty.
-        statistics: The statistics of each, in the order of the rule.
+        statistics: The statistics of each, in the order of the rule; none
+            without blocks.
     """
 
     dtype: str
+    variable_of: tuple[int, ...]
     partition: Partition
     matrices: Matrices
     positions: tuple[int, ...]

@@ -39,7 +39,7 @@ class Axes:
 
 
 class Weight(NamedTuple):
-    """What a variable tells of itself."""
+    """The path and the shape of a variable."""
 
     path: str
     shape: Shape
@@ -64,7 +64,7 @@ def path_of(variable: Any) -> str:
 
 
 class Meaning(NamedTuple):
-    """What a variable is for.
+    """The role of a variable: its layer, and what its axes may mean.
 
     Args:
         layer: Name of the layer that owns it, unique among the layers.

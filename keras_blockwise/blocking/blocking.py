@@ -1,7 +1,6 @@
 """Which blocks every variable gets: a scheme, rules for exceptions, a table."""
 
 import dataclasses
-import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -24,6 +23,8 @@ from keras_blockwise.blocking.config import is_string
 from keras_blockwise.blocking.config import read
 from keras_blockwise.blocking.inference import infer
 from keras_blockwise.blocking.layer_axes import meanings_in
+from keras_blockwise.blocking.matching import check_key
+from keras_blockwise.blocking.matching import match_keys
 from keras_blockwise.blocking.matrices import matrices_of
 from keras_blockwise.blocking.matrices import output_positions
 from keras_blockwise.blocking.partition import Matrices
@@ -73,7 +74,7 @@ class Row(NamedTuple):
             "kind": self.kind,
             "source": self.source,
             "shape": list(self.partition.shape),
-            "block_shape": list(self.partition.block_shape),
+            "block_shape": to_json(self.partition.block_shape),
             "group": self.partition.group,
             "matrices": self.matrices
             and {
@@ -84,15 +85,18 @@ class Row(NamedTuple):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Row":
-        def field(name: str, rule: str, is_right: Callable[[Any], bool]) -> Any:
-            return read(config, "a row of a blocking", name, rule, is_right)
+        def field(name: str, rule: str, is_valid: Callable[[Any], bool]) -> Any:
+            return read(config, "a row of a blocking", name, rule, is_valid)
 
         def string(name: str) -> Any:
             return field(name, "a string", is_string)
 
-        def shape(name: str) -> Shape:
-            return tuple(field(name, AXES, is_shape))
-
+        shape = field("shape", "a list of integers >= 0", is_shape)
+        block_shape = field(
+            "block_shape",
+            "a list of integers >= 0 or `None`",
+            lambda value: value is None or is_shape(value),
+        )
         group = field(
             "group",
             "a string or `None`",
@@ -104,13 +108,13 @@ class Row(NamedTuple):
                 tuple(read(matrices, "matrices", name, AXES, is_shape))
                 for name in ("tile", "rows")
             )
-            matrices = Matrices(shape("shape"), tile, rows)
+            matrices = Matrices(tuple(shape), tile, rows)
         return cls(
             string("name"),
             string("layer"),
             string("kind"),
             string("source"),
-            Partition(shape("shape"), shape("block_shape"), group),
+            Partition(tuple(shape), from_json(block_shape), group),
             matrices,
         )
 
@@ -133,6 +137,8 @@ class Blocking:
             - `"variable"`: the whole variable.
             - `"layer"`: all variables of one layer.
             - `"model"`: all variables.
+            - `"none"`: nothing. The variable takes plain steps of the learning
+              rate (its second moment is 1, without an epsilon).
             - a tuple: the shape of the block, `None` for a whole axis, which
               must fit every variable. `(None, 64)` cuts a matrix into strips
               of 64 columns.
@@ -177,10 +183,10 @@ class Blocking:
             )
         object.__setattr__(self, "rules", dict(self.rules or {}))
         for pattern, scheme in self.rules.items():
-            check_pattern("A key of `rules`", pattern)
+            check_key("A key of `rules`", pattern)
             check_scheme(f"`rules[{pattern!r}]`", scheme)
         if self.output_layer is not None:
-            check_pattern("`output_layer`", self.output_layer)
+            check_key("`output_layer`", self.output_layer)
 
     @classmethod
     def from_model(
@@ -285,7 +291,7 @@ class Blocking:
             misfit = ""
         rows, guesses = self._choose(weights, infer(weights), [], by_matrix)
         if guesses and self.exact:
-            raise ValueError(STRANGERS.format(describe(guesses)))
+            raise ValueError(NOT_IN_MODEL.format(describe(guesses)))
         if misfit:
             warnings.warn(
                 f"The saved blocks do not fit these variables: {misfit}. The "
@@ -305,15 +311,16 @@ class Blocking:
         other_paths: Sequence[str],
         by_matrix: bool,
     ) -> tuple[tuple[Row, ...], list[tuple[str, Row]]]:
-        """The blocks of variables, and those of them that may be wrong."""
+        """The blocks of each variable, and those of them that are ambiguous."""
         rows = []
-        doubtful = []
-        rules = match_rules(self.rules, weights, other_paths)
+        ambiguous = []
+        rules = match_keys("rules", self.rules, weights, other_paths)
         for weight, meaning, rule in zip(weights, meanings, rules):
             scheme = self.scheme if rule is None else self.rules[rule]
             axes = meaning.axes[0]
             source = str(scheme) if rule is None else f"rule {rule!r}"
             group = None
+            tiles: list[Shape | None]
             if not isinstance(scheme, str):
                 tiles = [tile_of(weight, scheme, source)]
             else:
@@ -337,8 +344,8 @@ class Blocking:
             unsure = scheme == "layer" and not meaning.sure_of_layer
             unsure |= by_matrix and len(set(matrices)) > 1
             if unsure or len(set(tiles)) > 1:
-                doubtful.append((weight.path, row))
-        return tuple(rows), doubtful
+                ambiguous.append((weight.path, row))
+        return tuple(rows), ambiguous
 
     def _hide(
         self,
@@ -375,8 +382,8 @@ class Blocking:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Blocking":
-        def field(name: str, rule: str, is_right: Callable[[Any], bool]) -> Any:
-            return read(config, "a blocking", name, rule, is_right)
+        def field(name: str, rule: str, is_valid: Callable[[Any], bool]) -> Any:
+            return read(config, "a blocking", name, rule, is_valid)
 
         scheme = field(
             "scheme",
@@ -412,55 +419,6 @@ def check_scheme(argument: str, scheme: Any) -> None:
             f"{argument} must be a string, or a tuple of positive integers and "
             f"`None` (for a whole axis). Received: {scheme!r}."
         )
-
-
-def check_pattern(argument: str, pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise TypeError(
-            f"{argument} must be a string, the path of a variable or a "
-            f"regular expression. Received: {pattern!r}."
-        )
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{argument} must be the path of a variable or a regular "
-            f"expression ({error}). Received: {pattern!r}."
-        ) from error
-
-
-def match_rules(
-    rules: Mapping[str, Any],
-    weights: Sequence[Weight],
-    other_paths: Sequence[str],
-) -> list[str | None]:
-    """The key of the rule for each variable: its path, else a pattern."""
-    unused = {
-        key
-        for key in rules
-        if key not in other_paths
-        and not any(re.fullmatch(key, path) for path in other_paths)
-    }
-    matches: list[str | None] = []
-    for weight in weights:
-        patterns = [key for key in rules if re.fullmatch(key, weight.path)]
-        unused.difference_update(patterns, [weight.path])
-        if weight.path in rules:
-            patterns = [weight.path]
-        if len(patterns) > 1:
-            raise ValueError(
-                f"Variable {weight.path!r} must match one of the `rules` at "
-                f"most. Received: {patterns}. Make the patterns narrower, or "
-                "give the path itself a rule."
-            )
-        matches.append(patterns[0] if patterns else None)
-    if unused:
-        paths = "\n  ".join(weight.path for weight in weights)
-        raise ValueError(
-            "Every key of `rules` must match the path of a variable. Received: "
-            f"{sorted(unused)}, which match none of\n  {paths}"
-        )
-    return matches
 
 
 def tile_of(weight: Weight, tile: Tile, source: str) -> Shape:
@@ -546,16 +504,16 @@ OUTPUT = (
     "expression, or `blocking=Blocking.from_model(model)` with a functional or "
     "sequential model."
 )
-STRANGERS = (
+NOT_IN_MODEL = (
     "The variables must belong to the model that `Blocking.from_model` was "
     "given: only its layers can tell the blocks. Received:{}\nPass a "
     "`Blocking.from_model` of the model that is trained."
 )
 
 
-def to_json(scheme: str | Tile) -> str | list[int | None]:
-    return scheme if isinstance(scheme, str) else list(scheme)
+def to_json(value: str | Tile | None) -> str | list[int | None] | None:
+    return list(value) if isinstance(value, tuple) else value
 
 
-def from_json(scheme: Any) -> Any:
-    return tuple(scheme) if isinstance(scheme, list) else scheme
+def from_json(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

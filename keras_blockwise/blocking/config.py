@@ -10,7 +10,7 @@ def read(
     owner: str,
     field: str,
     rule: str,
-    is_right: Callable[[Any], bool],
+    is_valid: Callable[[Any], bool],
 ) -> Any:
     """A field of a config, if it is what it must be.
 
@@ -19,7 +19,7 @@ def read(
         owner: What the config is of, for the error.
         field: Name of the field.
         rule: What the field must be, for the error.
-        is_right: Tells whether it is.
+        is_valid: Whether the value is.
 
     Raises:
         ValueError: If it is not, or is missing.
@@ -34,7 +34,7 @@ def read(
             f"{sorted(map(str, config))}."
         )
     value = config[field]
-    if not is_right(value):
+    if not is_valid(value):
         raise ValueError(
             f"`{field}` in the config of {owner} must be {rule}. Received: "
             f"{value!r}."

@@ -22,7 +22,7 @@ VECTORS = {"alpha": "vector", "beta": "bias", "bias": "bias", "gamma": "norm"}
 
 
 def infer(weights: Sequence[Weight]) -> list[Meaning]:
-    """What each of the variables of an optimizer may be for."""
+    """The role that each variable of an optimizer may have."""
     layers: list[str] = []
     siblings: dict[str, dict[str, Shape]] = {}
     repeated: dict[str, int] = {}

@@ -14,9 +14,10 @@ An axis may have two meanings, joined by "+"; "..." repeats the one before it
 for as many axes as there are; "output/2" at the end are the outputs of a
 convolution in 2 groups, each with inputs of its own, and "output*4" those of
 the 4 gates of an LSTM, one gate after the other. A key "child/weight"
-speaks of the weight of a sublayer by the sublayer's name, and goes before what
-the sublayer's own class says; "*" stands for all other weights. A function of
-the layer takes the place of an entry where the axes depend on its arguments.
+names the weight of a sublayer by the sublayer's name, and takes precedence
+over the entry of the sublayer's own class; "*" stands for all other weights.
+Where the axes depend on the arguments of the layer, a function of the layer
+takes the place of an entry.
 """
 
 from collections.abc import Callable
@@ -323,7 +324,7 @@ def parse(weight: Weight, kind: str, meanings: str) -> Axes:
 
 
 def axes_of(weight: Weight, layer: Layer, parents: list[Layer]) -> Axes | None:
-    """What the table says of a weight of a layer, `None` if it says nothing."""
+    """The entry for a weight of a layer in the tables, `None` without one."""
     looked_up = [(parent, f"{layer.name}/{weight.name}") for parent in parents]
     looked_up += [(layer, weight.name), (layer, "*")]
     for owner, name in looked_up:
@@ -339,7 +340,7 @@ def axes_of(weight: Weight, layer: Layer, parents: list[Layer]) -> Axes | None:
 
 
 def meanings_in(model: Layer) -> dict[int, Meaning]:
-    """What each variable of a model is for, by `id` of the variable."""
+    """The role of each variable of a model, by `id` of the variable."""
     layers: list[Layer] = []
     parents: dict[int, list[Layer]] = {}
     holders: dict[int, list[Layer]] = {}

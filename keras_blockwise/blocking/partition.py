@@ -5,7 +5,6 @@ Shapes in, shapes out: nothing here knows layers, names or tensors.
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +19,14 @@ class Partition:
     Args:
         shape: Shape of the variable.
         block_shape: Shape of one block; each entry divides the entry of
-            `shape` on the same axis.
+            `shape` on the same axis. `None`: no blocks, so that the variable
+            takes plain steps of the learning rate.
         group: Name of an accumulator that several variables share, or `None`.
             A member of a group is one block: `block_shape == shape`.
 
     Raises:
         ValueError: If the ranks differ, a block size does not divide its axis,
-            or a member of a group is cut.
+            or a member of a group is cut or has no blocks.
 
     Example:
 
@@ -36,23 +36,24 @@ class Partition:
     """
 
     shape: Shape
-    block_shape: Shape
+    block_shape: Shape | None
     group: str | None = None
 
     def __post_init__(self) -> None:
-        if len(self.block_shape) != len(self.shape):
+        if len(self.tile) != len(self.shape):
             raise ValueError(
                 f"`block_shape` must have one entry per axis of the shape "
                 f"{self.shape}. Received: block_shape={self.block_shape}."
             )
-        for axis, (size, tile) in enumerate(zip(self.shape, self.block_shape)):
+        for axis, (size, tile) in enumerate(zip(self.shape, self.tile)):
             if tile < 1 or size % tile:
                 raise ValueError(
                     f"axis {axis} has size {size}, which {tile} does not "
                     f"divide. Received: block_shape={self.block_shape} for a "
                     f"variable of shape {self.shape}."
                 )
-        if self.group is not None and self.num_blocks > 1:
+        whole = self.block_shape is not None and self.num_blocks <= 1
+        if self.group is not None and not whole:
             raise ValueError(
                 "A variable that shares the accumulator of a `group` must be "
                 f"one block of shape {self.shape}. Received: "
@@ -60,18 +61,25 @@ class Partition:
             )
 
     @property
+    def tile(self) -> Shape:
+        """The shape of what has one step size: a block, or the variable."""
+        if self.block_shape is None:
+            return tuple(max(n, 1) for n in self.shape)
+        return self.block_shape
+
+    @property
     def grid(self) -> Shape:
-        """Number of blocks along each axis."""
-        return tuple(n // tile for n, tile in zip(self.shape, self.block_shape))
+        """Number of tiles along each axis."""
+        return tuple(n // tile for n, tile in zip(self.shape, self.tile))
 
     @property
     def num_blocks(self) -> int:
-        return math.prod(self.grid)
+        return 0 if self.block_shape is None else math.prod(self.grid)
 
     @property
     def block_size(self) -> int:
-        """Number of coordinates in one block, of this variable."""
-        return math.prod(self.block_shape if self.group is None else self.shape)
+        """Number of coordinates in one tile, of this variable."""
+        return math.prod(self.tile if self.group is None else self.shape)
 
     @property
     def accumulator_shape(self) -> Shape:
@@ -80,9 +88,9 @@ class Partition:
 
     @property
     def blocks(self) -> np.ndarray:
-        """The number of the block that each coordinate is in."""
-        numbers = np.arange(self.num_blocks).reshape(self.grid)
-        for axis, n in enumerate(self.block_shape):
+        """The number of the tile that each coordinate is in."""
+        numbers = np.arange(math.prod(self.grid)).reshape(self.grid)
+        for axis, n in enumerate(self.tile):
             numbers = np.repeat(numbers, n, axis)
         return numbers
 
@@ -106,7 +114,7 @@ class Partition:
     def _factors(self) -> list[tuple[int, bool]]:
         """Extents of the variable, each inside or across blocks, in order."""
         factors: list[tuple[int, bool]] = []
-        for n, tile in zip(self.grid, self.block_shape):
+        for n, tile in zip(self.grid, self.tile):
             for extent, inside in ((n, False), (tile, True)):
                 if extent == 1:
                     continue
@@ -181,11 +189,3 @@ class Matrices:
         """The axes of `view_shape` in the order of `matrix_shape`."""
         within = (2 * axis + 1 for axis in (*self.rows, *self.columns))
         return (*(2 * axis for axis in self._axes), *within)
-
-
-def joined_blocks(partitions: Sequence[Partition]) -> np.ndarray:
-    """The number of the block of each coordinate of variables in a row."""
-    ends = itertools.accumulate(p.num_blocks for p in partitions)
-    return np.concatenate(
-        [p.blocks.ravel() + start for p, start in zip(partitions, [0, *ends])]
-    )

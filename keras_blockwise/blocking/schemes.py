@@ -21,6 +21,10 @@ def whole(shape: Shape, axes: Axes) -> Shape:
     return keep((), shape)
 
 
+def none(shape: Shape, axes: Axes) -> None:
+    """No blocks: nothing adapts."""
+
+
 def coordinate(shape: Shape, axes: Axes) -> Shape:
     return keep(tuple(range(len(shape))), shape)
 
@@ -65,7 +69,7 @@ ADAM_MINI = {
     "value": output_unit,
 }
 
-SCHEMES: dict[str, Callable[[Shape, Axes], Shape]] = {
+SCHEMES: dict[str, Callable[[Shape, Axes], Shape | None]] = {
     "coordinate": coordinate,
     "output_unit": output_unit,
     "input_unit": input_unit,
@@ -76,6 +80,7 @@ SCHEMES: dict[str, Callable[[Shape, Axes], Shape]] = {
     "model": whole,
     "adam_mini": adam_mini,
     "adam_mini_short": adam_mini_short,
+    "none": none,
 }
 
 # Schemes whose blocks span variables: the name of the accumulator they share.

@@ -1,4 +1,4 @@
-"""How a step is run: one plain path, and a fast one for TensorFlow.
+"""How a step is run: one plain path, and fast ones for TensorFlow and PyTorch.
 
 The backend is chosen once, when the package is imported, as Keras does.
 """
@@ -12,6 +12,10 @@ if keras.backend.backend() == "tensorflow":
     from keras_blockwise.execution.tensorflow import TensorFlowOptimizer
 
     Execution = TensorFlowOptimizer
+elif keras.backend.backend() == "torch":
+    from keras_blockwise.execution.torch import TorchOptimizer
+
+    Execution = TorchOptimizer
 else:
     from keras_blockwise.execution.plain import PlainOptimizer
 

@@ -64,6 +64,8 @@ class KerasHooks(keras.optimizers.Optimizer):
                 aggregation="only_first_replica",
                 name="skipped_steps",
             )
+        # A factor of the learning rate for each variable, if there are any.
+        self._multipliers: Variable | None = None
         # Kind and shape of what a checkpoint has for this optimizer once it
         # is built.
         self.restored_layout: list[tuple[str, Shape]] | None = None
@@ -110,6 +112,7 @@ class KerasHooks(keras.optimizers.Optimizer):
         kinds = {
             "iteration": [self._iterations],
             "learning_rate": [self._learning_rate],
+            "learning_rate_multipliers": [self._multipliers],
             "skipped_steps": [self.skipped_steps],
         }
         if hasattr(self, "_model_variables_moving_average"):
@@ -194,32 +197,32 @@ class KerasHooks(keras.optimizers.Optimizer):
                 tuple(updates), list(updates.values()), learning_rate
             )
 
+    def _weight_decay_of(self, index: int) -> float:
+        """The weight decay of the variable at a position."""
+        state = self.block_state
+        row, variable = state.rows[index], state.variables[index]
+        if (
+            row is None
+            or row.kind in self.undecayed_kinds
+            or self.weight_decay is None
+            or not self._use_weight_decay(variable)
+        ):
+            return 0.0
+        return float(self.weight_decay)
+
     def _batch(self, indices: tuple[int, ...]) -> Written:
         """What a step of some variables writes."""
         state = self.block_state
-
-        def weight_decay(i: int) -> float:
-            row, variable = state.rows[i], state.variables[i]
-            if (
-                row is None
-                or row.kind in self.undecayed_kinds
-                or self.weight_decay is None
-                or not self._use_weight_decay(variable)
-            ):
-                return 0.0
-            return float(self.weight_decay)
-
         counters = [self._iterations, self.skipped_steps]
         if indices not in state.batches:
-            state.batches[indices] = state.batch(indices, weight_decay)
+            state.batches[indices] = state.batch(indices, self._weight_decay_of)
         return state.batches[indices], counters if self.skip_nonfinite else []
 
     def _update(
         self,
         batch: Batch,
         gradients: Sequence[Tensor],
-        learning_rate: Tensor,
-        iterations: Tensor,
+        scalars: Sequence[Tensor],
         kernels: Kernels,
         read: Read,
     ) -> Tensor:
@@ -228,8 +231,7 @@ class KerasHooks(keras.optimizers.Optimizer):
             self.block_state.rule,
             batch,
             gradients,
-            learning_rate,
-            iterations,
+            *scalars,
             kernels=kernels,
             read=read,
             assign=self.assign,
@@ -286,6 +288,17 @@ class KerasHooks(keras.optimizers.Optimizer):
             if average is not None:
                 new = ops.convert_to_tensor(average)
                 average.assign(ops.where(taken, new, value))
+
+
+def scalars_of(optimizer: KerasHooks, learning_rate: Tensor) -> list[Tensor]:
+    """What all variables of a step share, in the order of `update`.
+
+    Learning rate, count of steps, and multipliers if there are any.
+    """
+    scalars = [learning_rate, ops.convert_to_tensor(optimizer.iterations)]
+    if optimizer._multipliers is not None:
+        scalars.append(ops.convert_to_tensor(optimizer._multipliers))
+    return scalars
 
 
 def broadcast(gradient: Tensor, variable: Variable) -> Tensor:

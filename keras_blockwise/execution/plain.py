@@ -1,4 +1,4 @@
-"""The plain path: how JAX and PyTorch update, and how it is read first.
+"""The plain path: how JAX and PyTorch update. Read it first.
 
 Sums are sums, and units are updated one after the other, as `algorithm` says.
 The trainer of the backend compiles all of it, or the user's own `jit`.
@@ -22,6 +22,7 @@ from keras_blockwise.algorithm.units import EntryUpdate
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.execution.hooks import KerasHooks
+from keras_blockwise.execution.hooks import scalars_of
 
 Tensor = Any
 Variable = Any
@@ -98,8 +99,7 @@ class PlainOptimizer(KerasHooks):
         taken = self._update(
             batch,
             [ops.stop_gradient(g) for g in gradients],
-            learning_rate,
-            ops.convert_to_tensor(self.iterations),
+            scalars_of(self, learning_rate),
             self.kernels,
             # PyTorch would else record the step.
             lambda variable: ops.stop_gradient(ops.convert_to_tensor(variable)),

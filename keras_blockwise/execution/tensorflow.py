@@ -5,6 +5,7 @@ In a graph on a CPU it may be two, the second for the first few variables.
 
 import collections
 import contextlib
+import inspect
 import platform
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.execution.hooks import KerasHooks
 from keras_blockwise.execution.hooks import Written
+from keras_blockwise.execution.hooks import scalars_of
 from keras_blockwise.execution.plain import PlainKernels
 from keras_blockwise.execution.xla_cpu import XlaCpuKernels
 from keras_blockwise.state import saving
@@ -40,9 +42,14 @@ class TensorFlowOptimizer(KerasHooks):
     """Keras's hooks on TensorFlow."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_strategy(type(self).__name__)
         super().__init__(*args, **kwargs)
         self._compiled = CompiledUpdates()
         self._state_description = StateDescription(self)
+
+    def build(self, variables: Any) -> None:
+        check_strategy(type(self).__name__)
+        super().build(variables)
 
     def _backend_apply_gradients(
         self, grads: Any, trainable_variables: Any
@@ -72,8 +79,9 @@ class TensorFlowOptimizer(KerasHooks):
             indices,
             grads,
             # One dtype for one compiled update, whatever a callable returns.
-            tf.cast(learning_rate, self.block_state.widest_dtype),
-            tf.convert_to_tensor(self.iterations),
+            *scalars_of(
+                self, tf.cast(learning_rate, self.block_state.widest_dtype)
+            ),
         )
 
     def _update_replicas(
@@ -139,8 +147,7 @@ class TensorFlowOptimizer(KerasHooks):
         indices: tuple[int, ...],
         written: Written,
         gradients: list[Tensor],
-        learning_rate: Tensor,
-        iterations: Tensor,
+        *scalars: Tensor,
     ) -> None:
         """`_update` on the variables of one replica, compiled if it may be."""
         batch, counters = written
@@ -154,14 +161,13 @@ class TensorFlowOptimizer(KerasHooks):
                 devices,
                 batch,
                 gradients,
-                (learning_rate, iterations),
+                scalars,
             )
         else:
             taken = self._update(
                 batch,
                 gradients,
-                learning_rate,
-                iterations,
+                scalars,
                 kernels=PLAIN,
                 read=tf.convert_to_tensor,
             )
@@ -173,7 +179,7 @@ class TensorFlowOptimizer(KerasHooks):
         devices: set[str],
         batch: Batch,
         gradients: list[Tensor],
-        scalars: tuple[Tensor, Tensor],
+        scalars: tuple[Tensor, ...],
     ) -> Tensor:
         """`_update`, compiled by XLA and called where the variables are."""
         kernels = kernels_on(devices)
@@ -185,11 +191,10 @@ class TensorFlowOptimizer(KerasHooks):
         if key not in self._compiled.functions:
             # The variables are captured: no work for them per step.
             self._compiled.functions[key] = compile_update(
-                lambda arguments, learning_rate, iterations: self._update(
+                lambda arguments, *scalars: self._update(
                     batch,
                     unpack(arguments),
-                    learning_rate,
-                    iterations,
+                    scalars,
                     kernels=kernels,
                     read=tf.convert_to_tensor,
                 ),
@@ -275,7 +280,7 @@ class TensorFlowOptimizer(KerasHooks):
         if metal and tf.config.list_physical_devices("GPU"):
             return False
         if not tf.executing_eagerly():
-            return not is_watched()
+            return not (is_watched() or is_exported())
         steps = self._compiled.steps
         if steps[replica] < PLAIN_STEPS:
             steps[replica] += 1
@@ -307,6 +312,18 @@ class StateDescription(tf.train.experimental.PythonState):
         )
         if not self.optimizer.built:
             self.optimizer.restored_layout = received
+
+
+def check_strategy(name: str) -> None:
+    """Raises an error where the variables of a model are on many servers."""
+    strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        raise ValueError(
+            f"{name} must not be made or built under "
+            "`ParameterServerStrategy`: it updates all variables together, and "
+            f"servers would update each by itself. Received: {strategy!r}. "
+            "Take `tf.distribute.MultiWorkerMirroredStrategy`."
+        )
 
 
 def restored_at(trackable: Any) -> int:
@@ -354,6 +371,24 @@ def is_watched() -> bool:
     with tf.Graph().as_default() as graph:
         tf.constant(0.0)
     return len(graph.get_operations()) > 1
+
+
+def is_exported() -> bool:
+    """Whether a graph is traced for a file: for specifications, not a call.
+
+    A file is read where the operations that only XLA has may not exist, as in
+    TFLite. TensorFlow tells a function neither, so this asks who calls.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_get_concrete_function_garbage_collected":
+            given = frame.f_locals["args"], frame.f_locals["kwargs"]
+            arguments = tf.nest.flatten(given)
+            return not arguments or any(
+                isinstance(argument, tf.TypeSpec) for argument in arguments
+            )
+        frame = frame.f_back
+    return False
 
 
 def native(variable: Variable) -> Any:

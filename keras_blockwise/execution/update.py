@@ -25,6 +25,7 @@ def update(
     gradients: Sequence[Tensor],
     learning_rate: Tensor,
     iterations: Tensor,
+    multipliers: Tensor | None = None,
     *,
     kernels: Kernels,
     read: Read,
@@ -39,6 +40,7 @@ def update(
         gradients: One dense tensor per variable.
         learning_rate: Scalar.
         iterations: Scalar, 0 on the first step.
+        multipliers: As in `step`.
         kernels: As in `step`.
         read: What a variable is now.
         assign: Gives a variable a new value.
@@ -55,6 +57,7 @@ def update(
         iterations,
         kernels,
         skip_nonfinite,
+        multipliers,
     )
 
     def write(part: Part, value: Tensor) -> None:

@@ -16,6 +16,8 @@ Array = Any
 # Values by name of the slot and position of the weight that they are for. What
 # a group shares stands there for each of its members.
 Values = dict[str, dict[int, Array]]
+# Those of Keras with the state of `BlockAdam`, up to blocks.
+KERAS_ADAMS = (keras.optimizers.Adam, keras.optimizers.Nadam)
 
 
 def convert_state(
@@ -26,15 +28,17 @@ def convert_state(
     The momentum and the count of steps are copied. A second moment of a block
     of the target is the mean of those of the source over the block, or the one
     of the larger block that contains it. Training then goes on with the target
-    from where the source was.
+    from where the source was. What is set by hand (learning rates and their
+    multipliers, decay rates, ...) is that of the target.
 
     Args:
-        source: A built `keras.optimizers.Adam` or `AdamW`, or an optimizer of
-            this package.
-        target: A built optimizer over the same variables: a `BlockAdam` or
-            `AdamMini` if `source` is one of these or Keras's, else one of the
-            class of `source`. Of a `keras.optimizers.LossScaleOptimizer`,
-            its `inner_optimizer` is meant, in either place.
+        source: A built `keras.optimizers.Adam`, `AdamW` or `Nadam`, or an
+            optimizer of this package.
+        target: A built optimizer over the same variables: a `BlockAdam`,
+            `AdamMini` or `BlockNadam` if `source` is one of these or Keras's,
+            else one of the class of `source`. Of a
+            `keras.optimizers.LossScaleOptimizer`, its `inner_optimizer` is
+            meant, in either place.
 
     Raises:
         ValueError, TypeError: If the two do not fit, or the blocks of neither
@@ -61,12 +65,13 @@ def convert_state(
                 f"`{name}.build(model.trainable_variables)` first. Received: "
                 f"{name}={optimizer!r}."
             )
-    family = "adam" if isinstance(source, keras.optimizers.Adam) else None
+    family = "adam" if isinstance(source, KERAS_ADAMS) else None
     family = getattr(source, "state_family", family)
     if family is None or getattr(target, "state_family", None) != family:
         raise TypeError(
-            "`target` must be a `BlockAdam` for a `source` that is one or is "
-            "`keras.optimizers.Adam`, else an optimizer of the same class. "
+            "`target` must be a `BlockAdam` or `BlockNadam` for a `source` "
+            "that is one or is `keras.optimizers.Adam` or `Nadam`, else an "
+            "optimizer of the same class. "
             f"Received: source={type(source).__name__}, "
             f"target={type(target).__name__}."
         )
@@ -172,11 +177,11 @@ def check_nesting(
 ) -> None:
     sharers = [sharers_of(partitions) for partitions in (old, new)]
     for i, (path, p, q) in enumerate(zip(paths, old, new)):
-        if p is None or q is None:
+        if p is None or q is None or q.block_shape is None:
             continue
         theirs, ours = sharers[0][i], sharers[1][i]
-        sizes = list(zip(p.block_shape, q.block_shape))
-        if not (
+        sizes = list(zip(p.tile, q.tile))
+        if p.block_shape is None or not (
             (all(m % n == 0 for n, m in sizes) and theirs <= ours)
             or (all(n % m == 0 for n, m in sizes) and ours <= theirs)
         ):
@@ -208,10 +213,10 @@ def to_blocks(
     new_keys = accumulator_keys(new)
     for i, value in values.items():
         p, q = old[i], new[i]
-        if p is None or q is None:
+        if p is None or q is None or q.block_shape is None:
             continue
         x = np.float64(value).ravel()[p.blocks]
-        for axis, n in enumerate(q.block_shape):
+        for axis, n in enumerate(q.tile):
             x = np.add.reduceat(x, np.arange(0, x.shape[axis], n), axis)
         keys[i] = new_keys[i]
         sums[keys[i]] = sums.get(keys[i], 0.0) + x.reshape(q.accumulator_shape)

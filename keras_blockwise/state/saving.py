@@ -193,9 +193,12 @@ def planned_layout(
         ]
     if optimizer.gradient_accumulation_steps:
         base += [(weight, "gradient_accumulator") for weight in weights]
+    kind = "learning_rate_multipliers"
+    given = optimizer.learning_rate_multipliers is not None
     return [
         *layout_of(optimizer),
         *(Entry(f"{w.path}_{kind}", kind, w.shape) for w, kind in base),
+        *[Entry(kind, kind, (len(weights),))] * given,
         *slot_entries(variables, slots),
     ]
 

@@ -53,6 +53,20 @@ def accumulator_keys(partitions: Sequence[Partition | None]) -> list[Key]:
     ]
 
 
+def step_dtypes(
+    dtypes: Sequence[str], partitions: Sequence[Partition | None]
+) -> list[str]:
+    """What the step of each variable is computed in: float32 or wider.
+
+    Args:
+        dtypes: Dtypes of the variables.
+        partitions: Their blocks.
+    """
+    keys = accumulator_keys(partitions)
+    wide = {key for key, dtype in zip(keys, dtypes) if dtype == "float64"}
+    return ["float64" if key in wide else "float32" for key in keys]
+
+
 def plan_slots(
     rule: Rule,
     dtypes: Sequence[str],
@@ -70,18 +84,18 @@ def plan_slots(
         places: Where each is; slots of one place can be kept together.
     """
     keys = accumulator_keys(partitions)
-    wide = {key for key, dtype in zip(keys, dtypes) if dtype == "float64"}
     slots = []
     seen = set()
-    for i, partition in enumerate(partitions):
+    for i, (partition, step_dtype) in enumerate(
+        zip(partitions, step_dtypes(dtypes, partitions))
+    ):
         if partition is None:
             continue
-        step_dtype = "float64" if keys[i] in wide else "float32"
         if rule.momentum.has_state:
             dtype = momentum_dtype or dtypes[i]
             kind = ("momentum", dtype, dtypes[i], step_dtype, places[i])
             slots.append(Slot(i, "momentum", partition.shape, dtype, 0.0, kind))
-        if keys[i] in seen:
+        if keys[i] in seen or partition.block_shape is None:
             continue
         seen.add(keys[i])
         shape = partition.accumulator_shape

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -30,6 +31,7 @@ from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.state.slots import Key
 from keras_blockwise.state.slots import Slot
 from keras_blockwise.state.slots import accumulator_keys
+from keras_blockwise.state.slots import step_dtypes
 
 Tensor = Any
 Variable = Any
@@ -121,9 +123,12 @@ class Storage:
         self.variables = tuple(variables)
         self.rows = tuple(rows)
         self.slots = tuple(slots)
+        self._dtypes = step_dtypes(
+            [keras.backend.standardize_dtype(v.dtype) for v in variables],
+            self.partitions,
+        )
         # Of the numbers that all variables share in a step.
-        computed_in = {slot.dtype for slot in slots if slot.name == "velocity"}
-        self.widest_dtype = max(computed_in, default="float32")
+        self.widest_dtype = max(self._dtypes, default="float32")
         # What `batch` returns for the positions that it was asked for.
         self.batches: dict[tuple[int, ...], Batch] = {}
         self._houses = housed(slots)
@@ -198,7 +203,7 @@ class Storage:
             name: {
                 i: values[self._slots[name, key]]
                 for i, key in enumerate(self._keys_of(name))
-                if i in self._partitions
+                if (name, key) in self._slots
             }
             for name in [*names, *self.rule.second_moment.statistics]
         }
@@ -218,24 +223,6 @@ class Storage:
         """
         position_of = {i: position for position, i in enumerate(indices)}
         others = [i for i in indices if i not in self._matrices]
-        members: dict[Key, list[int]] = {}
-        for i in others:
-            members.setdefault(self._keys[i], []).append(position_of[i])
-        accumulators = []
-        for keys, _ in self._together("velocity", list(members)):
-            groups = tuple(
-                Group(
-                    tuple(members[key]),
-                    tuple(self._partitions[indices[p]] for p in members[key]),
-                )
-                for key in keys
-            )
-            statistics = tuple(
-                self._together(name, keys)[0][1]
-                for name in self.rule.second_moment.statistics
-            )
-            dtype = self._slots["velocity", keys[0]].dtype
-            accumulators.append(Accumulators(dtype, groups, statistics))
         together: list[tuple[Sequence[int], tuple[Part, ...]]]
         if self.rule.momentum.has_state:
             together = [
@@ -246,21 +233,62 @@ class Storage:
             together = [((i,), ()) for i in others]
         weights = [
             Weights(
-                self._slots["velocity", self._keys[own[0]]].dtype,
+                self._dtypes[own[0]],
+                self._of_entries(own, own),
                 tuple(position_of[i] for i in own),
                 tuple(self._partitions[i] for i in own),
-                of_entries(
-                    [weight_decay(i) for i in own],
-                    [math.prod(self._partitions[i].shape) for i in own],
-                ),
+                self._of_entries([weight_decay(i) for i in own], own),
                 tuple(self.variables[i] for i in own),
                 momentum,
             )
             for own, momentum in together
         ]
         return Batch(
-            accumulators, weights, self._matrix_units(position_of, weight_decay)
+            self._accumulators(others, position_of),
+            weights,
+            self._matrix_units(position_of, weight_decay),
         )
+
+    def _accumulators(
+        self, indices: Sequence[int], positions: dict[int, int]
+    ) -> list[Accumulators]:
+        """The accumulators of some variables; without blocks, an empty one.
+
+        Args:
+            indices: Positions of the variables.
+            positions: Position of the gradient, by that of the variable.
+        """
+        members: dict[Key, list[int]] = {}
+        for i in indices:
+            members.setdefault(self._keys[i], []).append(i)
+        adapt = {key: ("velocity", key) in self._slots for key in members}
+        together = self._together("velocity", [k for k in members if adapt[k]])
+        units = [keys for keys, _ in together]
+        units += [[key] for key in members if not adapt[key]]
+        accumulators = []
+        for keys in units:
+            groups = tuple(
+                Group(
+                    tuple(positions[i] for i in members[key]),
+                    tuple(self._partitions[i] for i in members[key]),
+                )
+                for key in keys
+            )
+            statistics = tuple(
+                self._together(name, keys)[0][1]
+                for name in self.rule.second_moment.statistics
+                if (name, keys[0]) in self._slots
+            )
+            dtype = self._dtypes[members[keys[0]][0]]
+            accumulators.append(Accumulators(dtype, groups, statistics))
+        return accumulators
+
+    def _of_entries(self, values: Sequence[Any], indices: Sequence[int]) -> Any:
+        """Values of some variables, entry by entry if they differ."""
+        if len(set(values)) == 1:
+            return values[0]
+        sizes = [math.prod(self._partitions[i].shape) for i in indices]
+        return np.repeat(values, sizes)
 
     def _matrix_units(
         self, positions: dict[int, int], weight_decay: Callable[[int], float]
@@ -274,8 +302,7 @@ class Storage:
         alike: dict[Any, list[int]] = {}
         for i in positions:
             if i in self._matrices:
-                dtype = self._slots["velocity", i].dtype
-                key = dtype, self._partitions[i], self._matrices[i]
+                key = self._dtypes[i], self._partitions[i], self._matrices[i]
                 alike.setdefault(key, []).append(i)
 
         def parts(i: int, names: Iterable[str]) -> tuple[Part, ...]:
@@ -286,13 +313,17 @@ class Storage:
         return [
             MatrixWeights(
                 dtype,
+                tuple(own),
                 partition,
                 matrices,
                 tuple(positions[i] for i in own),
                 tuple(weight_decay(i) for i in own),
                 tuple(self.variables[i] for i in own),
                 tuple(parts(i, momentum) for i in own),
-                tuple(parts(i, statistics) for i in own),
+                tuple(
+                    parts(i, [s for s in statistics if (s, i) in self._slots])
+                    for i in own
+                ),
             )
             for (dtype, partition, matrices), own in alike.items()
         ]
@@ -321,10 +352,3 @@ class Storage:
                 )
             together.append((own, Part(self.slot_variables[home], index)))
         return together
-
-
-def of_entries(
-    values: Sequence[float], sizes: Sequence[int]
-) -> float | np.ndarray:
-    """Values of variables of these sizes, entry by entry if they differ."""
-    return values[0] if len(set(values)) == 1 else np.repeat(values, sizes)

@@ -116,9 +116,12 @@ SHAPES = {path: shape for path, (shape, _) in VARIABLES.items()}
 
 
 def tiles_of(scheme):
-    """The tile of every variable; a string instead names what they share."""
-    if scheme == "model":
-        return dict.fromkeys(VARIABLES, "model")
+    """The tile of every variable; a string instead names what they share.
+
+    `None` is no tile at all.
+    """
+    if scheme in ("model", "none"):
+        return dict.fromkeys(VARIABLES, "model" if scheme == "model" else None)
     if scheme == "layer":
         return {path: path.rpartition("/")[0] for path in VARIABLES}
     if scheme == "coordinate":
@@ -136,7 +139,9 @@ def label_arrays(tiles):
     """`tiles` as labels: equal where coordinates share an accumulator."""
     labels, groups, start = [], {}, 0
     for path, tile in tiles.items():
-        if isinstance(tile, str):
+        if tile is None:
+            labels.append(np.full(SHAPES[path], oracle.PLAIN))
+        elif isinstance(tile, str):
             label = groups.setdefault(tile, start)
             labels.append(np.full(SHAPES[path], label))
         else:
@@ -157,7 +162,7 @@ def expected_state(truth, case, tiles):
         name = path.replace("/", "_")
         if kwargs["momentum"]:
             state[f"{name}_momentum"] = truth.momentum[k]
-        if tile in shared:
+        if tile in shared or tile is None:
             continue
         if isinstance(tile, str):
             shared.add(tile)  # One number, with the first of the members.
@@ -190,6 +195,7 @@ def check_truth(
     wrap=graph,
     jit_compile=False,
     decay=None,
+    multipliers=None,
     **kwargs,
 ):
     """Trains an optimizer and its oracle and compares weights and state.
@@ -203,6 +209,7 @@ def check_truth(
         wrap: Makes the function that steps of the optimizer.
         jit_compile: As of the optimizer.
         decay: Weight decay of each variable, to do by hand.
+        multipliers: Factors of the learning rate, by path.
         **kwargs: Further arguments of the optimizer.
     """
     shapes = {path: SHAPES[path] for path in tiles}
@@ -210,7 +217,7 @@ def check_truth(
     # `None` in a tile is the whole axis.
     tiles = {
         path: tile
-        if isinstance(tile, str)
+        if tile is None or isinstance(tile, str)
         else tuple(t or n for n, t in zip(shapes[path], tile))
         for path, tile in tiles.items()
     }
@@ -227,15 +234,19 @@ def check_truth(
     )
     if momentum_dtype:
         kwargs["momentum_dtype"] = momentum_dtype
+    if multipliers is not None:
+        kwargs["learning_rate_multipliers"] = multipliers
     optimizer = case.make(jit_compile=jit_compile, **kwargs)
+    factors = [np.float32((multipliers or {}).get(p, 1.0)) for p in tiles]
     gradients = gradients or make_gradients(STEPS, shapes)
     train(optimizer, variables, gradients, wrap, set_learning_rate)
     for step, given in enumerate(gradients):
-        for weight, rate in zip(truth.weights, decay or []):
-            weight *= 1 - rate * learning_rate(step)
+        rates = np.float64(factors) * learning_rate(step)
+        for weight, own, rate in zip(truth.weights, decay or [], rates):
+            weight *= 1 - own * rate
         finite = all(np.isfinite(g).all() for g in given if g is not None)
         if finite:  # The others are for `skip_nonfinite`.
-            truth.step(given, learning_rate(step))
+            truth.step(given, rates)
 
     # Two units in the last place of what is rounded in each step.
     low = max(dtype, momentum_dtype or dtype, key=TOLERANCES.get)
@@ -300,6 +311,7 @@ def rounding(dtype):
 ONE_OF_EACH = [
     Case(kb.BlockAdam, {"amsgrad": True}),
     Case(kb.AdamMini),
+    Case(kb.BlockNadam),
     Case(kb.BAGM),
     Case(kb.BlockMuon, HIDDEN),
     Case(kb.BAG),
@@ -315,8 +327,8 @@ by_statistics = pytest.mark.parametrize(
     ids=lambda case: case.cls.__name__,
 )
 
-# A tile that splits two axes, a whole axis, and two variables of unlike sizes
-# that share an accumulator, one of them a scalar.
+# A tile that splits two axes, a whole axis, two variables of unlike sizes that
+# share an accumulator, one of them a scalar, and one without blocks.
 MIXED = {
     "dense/kernel": (2, 3),
     "dense/bias": (None,),
@@ -324,9 +336,15 @@ MIXED = {
     "query/kernel": (None, 2, 1),
     "query/bias": (1, 1),  # Tells what the axes of the kernel are.
     "scalar/bias": "model",
+    "value/bias": None,
 }
 MIXED_BLOCKING = kb.Blocking(
-    "model", {path: tile for path, tile in MIXED.items() if tile != "model"}
+    "model",
+    {
+        path: "none" if tile is None else tile
+        for path, tile in MIXED.items()
+        if tile != "model"
+    },
 )
 
 
@@ -397,6 +415,7 @@ def test_tiles(case, path, tile):
         Case(kb.BlockAdam, {"beta_2": 0.0}),
         Case(kb.BlockAdam, {"epsilon": 0.5}),
         Case(kb.AdamMini, {"epsilon": 0.5}),
+        Case(kb.BlockNadam, {"beta_1": 0.0, "epsilon": 0.5}),
         Case(kb.BAGM, {"beta_2": 0.0, "epsilon": 0.5}),
         Case(kb.BAGM, {"accumulator": "polynomial", "power": 0.0}),
         Case(kb.BAGM, {"accumulator": "polynomial", "nesterov": False}),
@@ -506,6 +525,42 @@ def test_weight_decay(case):
         decay = [0.0 if "bias" in path else 0.5 for path in MIXED]
     check_truth(
         case, MIXED, decay=decay, weight_decay=0.5, blocking=MIXED_BLOCKING
+    )
+
+
+# Two that share an accumulator differ.
+MULTIPLIERS = {
+    "dense/kernel": 0.3,
+    "embedding/embeddings": 0.0,
+    "scalar/bias": 2.0,
+    "value/bias": 0.7,
+}
+
+
+@each_full_class
+def test_multipliers(case):
+    no_decay = case.cls is kb.AdamMini
+    decay = [0.0 if no_decay and "bias" in path else 0.5 for path in MIXED]
+    check_truth(
+        case,
+        MIXED,
+        decay=decay,
+        weight_decay=0.5,
+        multipliers=MULTIPLIERS,
+        blocking=MIXED_BLOCKING,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Names and shapes allow more than one")
+@pytest.mark.parametrize("scheme", ["coordinate", "output_unit", "none"])
+def test_multipliers_compiled(scheme):
+    check_truth(
+        Case(kb.BAGM),
+        tiles_of(scheme),
+        wrap=eager,
+        jit_compile=True,
+        multipliers=MULTIPLIERS,
+        blocking=kb.Blocking(scheme, {"dense_1/kernel": scheme}),
     )
 
 

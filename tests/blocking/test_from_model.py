@@ -290,6 +290,9 @@ def test_float8_variables_have_no_blocks():
 # Optimizers around the optimizer.
 
 
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"), reason="an older Keras"
+)
 def test_subsets_of_multi_optimizer(tmp_path):
     model = functional()
     rules = {"reverse/kernel": "variable", "plain/kernel": "coordinate"}

@@ -400,6 +400,8 @@ for name in ("query", "key", "value", "attention_output"):
     PROBES[f"GroupQueryAttention {name}"] = partial(
         projection, name, grouped=True
     )
+if not hasattr(L, "ReversibleEmbedding"):  # Older versions of Keras.
+    del PROBES["ReversibleEmbedding tied"], PROBES["ReversibleEmbedding untied"]
 if "use_gate" in inspect.signature(L.MultiHeadAttention).parameters:
     for grouped in (False, True):  # Older versions of Keras have no gate.
         PROBES[f"gate, {grouped=}"] = partial(

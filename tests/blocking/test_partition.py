@@ -20,6 +20,7 @@ PARTITIONS = {
     "no name": (((2,), (2,), ""), ((1,), 1, 2, ())),
     "one row": (((1, 4), (1, 1), None), ((1, 4), 4, 1, (1, 4))),
     "scalar": (((), (), None), ((), 1, 1, ())),
+    "no blocks": (((6, 4), None, None), ((1, 1), 0, 24, (1, 1))),
     "empty": (((0, 4), (1, 2), None), ((0, 2), 0, 2, (0, 2))),
 }
 
@@ -45,6 +46,7 @@ def test_partition(kind):
         (((4, 6), (0, 6)), "axis 0 has size 4, which 0 does not divide"),
         (((4, 6), (4, -6)), "axis 1 has size 6, which -6 does not divide"),
         (((4, 6), (4, 1), "g"), r"block_shape=\(4, 1\), group='g'"),
+        (((4, 6), None, "g"), "block_shape=None, group='g'"),
         (((4, 6), (4, 1), ""), r"block_shape=\(4, 1\), group=''"),
     ],
 )

@@ -4,6 +4,11 @@
 
 A state that users have saved must load in every later version. So make a new
 folder for what a new version adds, and leave these files as they are.
+
+All versions of Keras must load them, too: make them with the oldest, those of
+`.ci/oldest.txt`. The ones here are of Keras 3.15, and what 3.10 lacks has been
+taken from the layers in their `config.json`, where it was `null`:
+`quantization_config`, and `input_axes` and `output_axes` of initializers.
 """
 
 import json

@@ -33,6 +33,7 @@ if tf is not None:
 ROWS = [
     Case(kb.BlockAdam, {"amsgrad": True}),
     Case(kb.AdamMini),
+    Case(kb.BlockNadam),
     Case(kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
     Case(kb.BAG, {"blocking": "model"}),
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),

@@ -191,3 +191,16 @@ def test_no_step_is_traced_again():
         step(*map(tf.constant, batch))
     assert step.experimental_get_tracing_count() == 1
     assert optimizer.iterations == STEPS
+
+
+def test_no_parameter_servers(monkeypatch):
+    """With another strategy in its place, which needs no servers."""
+    strategy = STRATEGIES["one device"]()
+    name = "ParameterServerStrategy"
+    monkeypatch.setattr(tf.distribute, name, type(strategy))
+    optimizer = kb.BAG()
+    with strategy.scope():
+        with pytest.raises(ValueError, match=f"BAG must not.*`{name}`.*Take"):
+            kb.BAG()
+        with pytest.raises(ValueError, match=f"BAG must not.*`{name}`.*Take"):
+            optimizer.build([keras.Variable(1.0)])

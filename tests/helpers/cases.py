@@ -44,6 +44,7 @@ class Case(NamedTuple):
 
 Adagrad = keras.optimizers.Adagrad
 Adam = keras.optimizers.Adam
+Nadam = keras.optimizers.Nadam
 RMSprop = keras.optimizers.RMSprop
 # Betas that float32 can hold: Keras rounds them to it even in float64.
 BETAS = {"beta_1": 0.875, "beta_2": 1 - 2.0**-9}
@@ -60,6 +61,7 @@ CASES = [
         {"amsgrad": True, **BETAS},
     ),
     Case(kb.AdamMini),
+    Case(kb.BlockNadam, BETAS, Nadam, BETAS),
     Case(kb.BAGM),
     Case(kb.BAGM, {"nesterov": False}),
     Case(kb.BAGM, {"accumulator": "polynomial", "power": 2.0}),
@@ -104,6 +106,7 @@ SCHEMES = [
     "model",
     "adam_mini",
     "adam_mini_short",
+    "none",
 ]
 
 SHAPES = {

@@ -1,8 +1,13 @@
 """How the backend is set up in every process of the tests."""
 
+import os
+
 import keras
 
 from helpers.tensorflow import tf
+
+# Whether to take the plain kernels on a CPU, too.
+PLAIN = bool(os.environ.get("PLAIN"))
 
 
 def set_up(count=2):
@@ -14,6 +19,10 @@ def set_up(count=2):
         jax.config.update("jax_num_cpu_devices", 8)
     if tf is None:
         return
+    if PLAIN:
+        from keras_blockwise.execution import tensorflow
+
+        tensorflow.FOR_CPU = tensorflow.PLAIN
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * count

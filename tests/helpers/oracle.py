@@ -2,11 +2,13 @@
 
 A block is a label: `labels[k]` is an array of integers of the shape of variable
 `k`, and coordinates with one label, also those of different variables, share
-one accumulator.
+one accumulator. Coordinates labelled `PLAIN` have none.
 """
 
 import keras
 import numpy as np
+
+PLAIN = -1
 
 
 def tile_labels(shape, tile, start=0):
@@ -60,12 +62,17 @@ class Oracle:
         self.momentum = [np.zeros_like(w) for w in self.weights]
 
     def step(self, gradients, learning_rate):
-        """One step; `None` stands for a missing gradient."""
+        """One step; `None` stands for a missing gradient.
+
+        The learning rate is that of all variables, or a list of one for each.
+        """
+        rates = np.broadcast_to(learning_rate, len(gradients))
         self.t += 1
         present = [k for k, g in enumerate(gradients) if g is not None]
         labels = np.concatenate([self.labels[k].ravel() for k in present])
         flat = np.concatenate([np.ravel(gradients[k]) for k in present])
-        flat = flat.astype(np.float64)
+        flat = flat.astype(np.float64)[labels != PLAIN]
+        labels = labels[labels != PLAIN]
         size = len(self.velocity)
         count = np.bincount(labels, minlength=size)
         squares = np.bincount(labels, flat**2, size)
@@ -75,8 +82,13 @@ class Oracle:
         for k in present:
             g = np.array(gradients[k], np.float64)
             m = self.momentum[k]
-            v, a = self.of_variable(k)
-            m, change = self.update(learning_rate, g, m, v, a, **self.hyper)
+            hyper = self.hyper
+            if (self.labels[k] == PLAIN).all():
+                v, a = np.ones_like(g), np.zeros_like(g)
+                hyper = {**hyper, "epsilon": 0.0, "beta_2": 0.0}
+            else:
+                v, a = self.of_variable(k)
+            m, change = self.update(rates[k], g, m, v, a, **hyper)
             self.momentum[k] = np.array(self.store_momentum(m), np.float64)
             w = self.store(self.weights[k] + change)
             self.weights[k] = np.array(w, np.float64)
@@ -117,6 +129,20 @@ class AdamMini(BlockAdam):
         m_hat = m / (1 - beta_1**self.t)
         v_hat = v / (1 - beta_2**self.t)
         return m, -lr * m_hat / (np.sqrt(v_hat) + epsilon)
+
+
+class BlockNadam(BlockAdam):
+    """Keras's Nadam: a product over all steps so far, made anew in each."""
+
+    def update(
+        self, lr, g, m, v, a, beta_1=0.9, beta_2=0.999, epsilon=1e-7, **_
+    ):
+        u = beta_1 * (1 - 0.96 ** np.arange(1, self.t + 2) / 2)
+        m = beta_1 * m + (1 - beta_1) * g
+        look_ahead = u[-1] * m / (1 - np.prod(u))
+        look_ahead += (1 - u[-2]) * g / (1 - np.prod(u[:-1]))
+        v_hat = v / (1 - beta_2**self.t)
+        return m, -lr * look_ahead / (np.sqrt(v_hat) + epsilon)
 
 
 class BAGM(Oracle):
@@ -161,7 +187,7 @@ class BAG(Oracle):
     def coefficients(self, **_):
         return 1.0, 1.0
 
-    def update(self, lr, g, m, v, a, epsilon=1e-7):
+    def update(self, lr, g, m, v, a, epsilon=1e-7, **_):
         return m, -lr * g / np.sqrt(v + epsilon)
 
 

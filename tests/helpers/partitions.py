@@ -2,6 +2,7 @@
 
 import math
 
+import keras
 import numpy as np
 from hypothesis import Phase
 from hypothesis import settings
@@ -12,7 +13,8 @@ from keras_blockwise.blocking.partition import Partition
 examples = settings(
     deadline=None,
     derandomize=True,
-    max_examples=25,
+    # JAX compiles every operation for every shape.
+    max_examples=8 if keras.backend.backend() == "jax" else 25,
     phases=[Phase.explicit, Phase.generate],
 )
 few_examples = settings(examples, max_examples=5)

@@ -134,6 +134,15 @@ def torch_gradients(function, variables):
     ]
 
 
+def train_on_batch(model, x, y):
+    """The loss of one batch: older versions of Keras return a mean over calls.
+
+    They reset metrics in `fit` alone.
+    """
+    model.reset_metrics()
+    return float(model.train_on_batch(x, y))
+
+
 def train_by_hand(model, optimizer, x, y, steps):
     """What `fit` does with full batches, but with dense gradients."""
     loss = keras.losses.MeanSquaredError()

@@ -33,6 +33,7 @@ SHAPES = {
 SOURCES = {
     "adam": lambda **kwargs: Adam(0.01, **kwargs),
     "adamw": lambda **kwargs: keras.optimizers.AdamW(0.01, **kwargs),
+    "nadam": lambda **kwargs: keras.optimizers.Nadam(0.01, **kwargs),
     "amsgrad": lambda **kwargs: Adam(0.01, amsgrad=True, **kwargs),
 }
 
@@ -70,6 +71,7 @@ def per_coordinate(optimizer, name):
             np.ones(p.block_shape),
         )
         for i, p in enumerate(optimizer.partitions)
+        if p.num_blocks
     ]
 
 
@@ -79,7 +81,7 @@ def brute_force(statistics, partitions):
     for i, p in enumerate(partitions):
         for block in np.ndindex(*p.grid):
             where = tuple(
-                slice(k * n, (k + 1) * n) for k, n in zip(block, p.block_shape)
+                slice(k * n, (k + 1) * n) for k, n in zip(block, p.tile)
             )
             members = [(i, where)]
             if p.group is not None:
@@ -90,7 +92,7 @@ def brute_force(statistics, partitions):
                 ]
             entries = [statistics[j][w].ravel() for j, w in members]
             means[i][where] = np.concatenate(entries).mean()
-    return means
+    return [m for m, p in zip(means, partitions) if p.num_blocks]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -119,6 +121,8 @@ def test_coordinate_blocks_go_on_as_adam(kind):
     target = block_adam(
         "coordinate", amsgrad=kind == "amsgrad", weight_decay=decay
     )
+    if kind == "nadam":
+        target = kb.BlockNadam(0.01, blocking="coordinate", jit_compile=False)
     kb.convert_state(source, built(target, twins))
     for gradients in make_gradients(5, SHAPES, seed=2):
         source.apply(tensors(gradients))
@@ -270,7 +274,21 @@ def other_variables(**changes):
     return make_variables({k: v for k, v in shapes.items() if v is not None})
 
 
+def test_a_second_moment_is_left_out_where_there_are_no_blocks():
+    source, weights = trained(block_adam())
+    rules = {"dense/kernel": "output_unit"}
+    target = built(block_adam(kb.Blocking("none", rules)), weights)
+    kb.convert_state(source, target)
+    assert_same(slots(target, "_momentum"), slots(source, "_momentum"))
+    assert_same(slots(target, "_velocity"), slots(source, "_velocity")[2:3])
+
+
 REFUSED = {
+    "no blocks to blocks": (
+        lambda: block_adam("none"),
+        lambda: block_adam("variable"),
+        "'conv/kernel'.*blocks of None in source",
+    ),
     "tiles that overlap": (
         lambda: block_adam(kb.Blocking("variable", {"dense/kernel": (2, 4)})),
         lambda: block_adam(kb.Blocking("variable", {"dense/kernel": (3, 4)})),

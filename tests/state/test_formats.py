@@ -16,6 +16,7 @@ from helpers.arrays import to_numpy
 from helpers.cases import each_class
 from helpers.cases import make_variables
 from helpers.saving import checkpoint_of
+from helpers.training import train_on_batch
 
 DATA = np.eye(4, dtype="float32"), np.ones((4, 4), "float32")
 FULL = {"use_ema": True, "gradient_accumulation_steps": 2}
@@ -83,9 +84,14 @@ def weights(name, **kwargs):
 
 
 def sharded(model, folder):
-    loaded = weights("model.weights.json", max_shard_size=1e-6)(model, folder)
-    config = json.loads((folder / "model.weights.json").read_text())
-    assert len(set(map(str, config["weight_map"].values()))) > 1
+    path = folder / "model.weights.json"
+    model.save_weights(path, max_shard_size=1e-6)
+    files = json.loads(path.read_text())["weight_map"].values()
+    assert len(set(map(str, files))) > 1
+    if all(isinstance(names, str) for names in files):
+        pytest.skip("this Keras loads the first shard of an optimizer alone")
+    loaded = other(model)
+    loaded.load_weights(path)
     return loaded
 
 
@@ -113,6 +119,8 @@ def tf_checkpoint(model, folder):
 
 def orbax(model, folder):
     pytest.importorskip("orbax.checkpoint")
+    if not hasattr(keras.callbacks, "OrbaxCheckpoint"):
+        pytest.skip("an older Keras")
     saves = keras.callbacks.OrbaxCheckpoint(str(folder))
     model.fit(*DATA, verbose=0, callbacks=[saves])
     return keras.models.load_model(str(folder))
@@ -136,7 +144,7 @@ def assert_copies(copy, optimizer, folder):
     loaded = copy(model, folder)
     assert_same(*(m.weights + m.optimizer.variables for m in (loaded, model)))
     assert any(np.any(value) for value in to_numpy(optimizer.variables[3:]))
-    losses = [m.train_on_batch(*DATA) for m in (model, loaded) * 2]
+    losses = [train_on_batch(m, *DATA) for m in (model, loaded) * 2]
     assert losses[0] == losses[1] > losses[2] == losses[3]
 
 
@@ -168,13 +176,15 @@ def test_keras_loads_no_state_from_h5(copy, make_optimizer, tmp_path):
     loaded = copy("model.h5")(model, tmp_path)
     assert_same(loaded.weights, model.weights)
     if make_optimizer is not make:
+        # Older versions of Keras fail to print the variable.
         with pytest.raises(
-            ValueError, match="Unknown variable|with 0 variables"
+            (ValueError, NotImplementedError),
+            match=r"Unknown variable|with 0 variables|numpy\(\)",
         ):
             loaded.train_on_batch(*DATA)
         return
     assert not loaded.optimizer.built
-    losses = [loaded.train_on_batch(*DATA) for _ in range(3)]
+    losses = [train_on_batch(loaded, *DATA) for _ in range(3)]
     assert losses[0] > losses[2]
 
 
@@ -186,7 +196,7 @@ def test_paths_are_unique(case, blocking):
     """Also where layers have one path, or paths are one with other slashes."""
     optimizer = case.make(blocking=blocking, **FULL)
     shapes = {"a/b_kernel": (2, 3), "a_b/kernel": (2, 3)}
-    shapes["small/kernel"] = (70, 70)
+    shapes |= {"small/kernel": (70, 70), "out/bias": (3,)}
     variables = [v for _ in range(20) for v in make_variables(shapes)]
     optimizer.build(variables)
     paths = [variable.path for variable in optimizer.variables]

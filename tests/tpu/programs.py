@@ -54,6 +54,7 @@ OPTIMIZERS = {
     "Adam": lambda model: keras.optimizers.Adam(),
     "BlockAdam": lambda model: kb.BlockAdam(),
     "BlockAdam amsgrad": lambda model: kb.BlockAdam(amsgrad=True),
+    "BlockNadam": lambda model: kb.BlockNadam(),
     "BAGM": lambda model: kb.BAGM(),
     "BAGM polynomial": lambda model: kb.BAGM(accumulator="polynomial"),
     "BAG": lambda model: kb.BAG(),

@@ -33,6 +33,7 @@ from helpers.tensorflow import strategy_of
 OPTIMIZERS = {
     "BlockAdam": (kb.BlockAdam, {"amsgrad": True, "weight_decay": 0.01}),
     "AdamMini": (kb.AdamMini, {"momentum_dtype": "bfloat16"}),
+    "BlockNadam": (kb.BlockNadam, {"skip_nonfinite": True}),
     "BAGM": (kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
     "BlockMuon": (kb.BlockMuon, {"output_layer": ".*bias"}),
     "BAG": (kb.BAG, {"blocking": "model"}),
