@@ -630,8 +630,8 @@ class BlockMuon(BlockwiseOptimizer):
         m <- momentum * m + (1 - momentum) * p                per weight
         w <- w - learning_rate * (momentum * m + (1 - momentum) * p)
 
-    With `blocking="variable"` this is Muon, whose steps have a root mean square
-    of 0.2, so that learning rates of Adam suit it; with `"output_unit"` it is
+    With `blocking="none"` this is Muon, whose steps have a root mean square of
+    0.2, so that learning rates of Adam suit it; with `"output_unit"` it is
     NorMuon; with `"coordinate"` AdaMuon, but for its sign.
 
     What is a matrix, and of what, is known from the layers: a convolution is

@@ -31,7 +31,7 @@ def newton_schulz(steps: int) -> MatrixFunction:
     def orthogonalize(x: Tensor, exact: bool) -> Tensor:
         if x.shape[1] > x.shape[2]:
             return transposed(orthogonalize(transposed(x), exact))
-        gram = ops.matmul(x, transposed(x))
+        gram = x @ transposed(x)
         norm = ops.sqrt(ops.expand_dims(trace(gram), (1, 2))) + 1e-7
         iterate = by_gram if exact and x.shape[2] > x.shape[1] else by_matrix
         return iterate(x / norm, gram / ops.square(norm), steps)
@@ -41,11 +41,12 @@ def newton_schulz(steps: int) -> MatrixFunction:
 
 def by_matrix(x: Tensor, gram: Tensor, steps: int) -> Tensor:
     """The iterations as they are written; `gram` is `x x^T`."""
+    # `ops.matmul` makes float32 of float64 on PyTorch.
     for step in range(steps):
         if step:
-            gram = ops.matmul(x, transposed(x))
-        square = ops.matmul(gram, gram)
-        x = A * x + ops.matmul(B * gram + C * square, x)
+            gram = x @ transposed(x)
+        square = gram @ gram
+        x = A * x + (B * gram + C * square) @ x
     return x
 
 
@@ -58,11 +59,11 @@ def by_gram(x: Tensor, gram: Tensor, steps: int) -> Tensor:
     diagonal = A * ops.eye(gram.shape[1], dtype=gram.dtype)
     factors = None
     for step in range(steps):
-        factor = diagonal + B * gram + C * ops.matmul(gram, gram)
-        factors = factor if factors is None else ops.matmul(factor, factors)
+        factor = diagonal + B * gram + C * (gram @ gram)
+        factors = factor if factors is None else factor @ factors
         if step + 1 < steps:
-            gram = ops.matmul(ops.matmul(factor, gram), factor)
-    return ops.matmul(factors, x)
+            gram = factor @ gram @ factor
+    return factors @ x
 
 
 def transposed(x: Tensor) -> Tensor:

@@ -81,13 +81,14 @@ def directions(optimizer, gradients):
     return changes
 
 
-def test_whole_variables_are_muon():
+@pytest.mark.parametrize("blocking", ["none", "variable"])
+def test_without_smaller_blocks_it_is_muon(blocking):
     """Up to the length of a step, which Keras does not measure.
 
     In float32, since Keras's own cannot take a step in float64.
     """
     gradients = random(5, 6, 4)
-    ours = kb.BlockMuon(blocking="variable", output_layer="out")
+    ours = kb.BlockMuon(blocking=blocking, output_layer="out")
     theirs = keras.optimizers.Muon(weight_decay=None)
     changes = [directions(optimizer, gradients) for optimizer in (ours, theirs)]
     assert_near(*changes, 1e-4)

@@ -24,7 +24,8 @@ FULL = {"use_ema": True, "gradient_accumulation_steps": 2}
 
 def make_model(optimizer, seed=0):
     keras.utils.set_random_seed(seed)
-    layers = [keras.layers.Dense(4, name=f"dense_{i}") for i in range(17)]
+    names = ["dense", *(f"dense_{i}" for i in range(10, 26))]
+    layers = [keras.layers.Dense(4, name=name) for name in names]
     x = inputs = keras.Input((4,))
     for layer in layers:
         x = layer(x)
