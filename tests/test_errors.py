@@ -26,6 +26,7 @@ ELSEWHERE = {
     "checks.py": "state/test_checks.py",
     "config.py": "test_damaged_config.py",
     "convert.py": "state/test_convert.py",
+    "multipliers.py": "test_multipliers.py",
     "tensorflow.py": "state/test_loading.py",
 }
 SHAPES = {"q/kernel": (32, 30), "q/bias": (30,)}

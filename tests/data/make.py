@@ -8,8 +8,8 @@ folder for what a new version adds, and leave these files as they are.
 All versions of Keras must load them, too: make them with the oldest, those of
 `.ci/oldest.txt`. The ones here are of Keras 3.15, and what 3.10 lacks has been
 taken from the layers in their `config.json`, where it was `null`:
-`quantization_config`, and `input_axes` and `output_axes` of initializers. Those
-of `BlockNadam` and `BlockMuon` are compressed.
+`quantization_config`, and `input_axes` and `output_axes` of initializers.
+That of `BlockMuon` is compressed.
 """
 
 import json
@@ -36,7 +36,10 @@ OPTIMIZERS: dict[str, Any] = {
         0.05, momentum_dtype="bfloat16", weight_decay=0.01, jit_compile=False
     ),
     "block_nadam": lambda: kb.BlockNadam(
-        0.05, learning_rate_multipliers={".*bias": 0.5}, jit_compile=False
+        0.05,
+        blocking=kb.Blocking("output_unit", {r".*/bias": "none"}),
+        learning_rate_multipliers={r".*/out/.*": 0.5},
+        jit_compile=False,
     ),
     "bagm": lambda: kb.BAGM(
         0.05, accumulator="polynomial", blocking="layer", jit_compile=False
