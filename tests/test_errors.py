@@ -402,6 +402,13 @@ OTHERS = {
         AttributeError,
         "`epsilon` must be given to the constructor: BAGM.*: epsilon=1.0. Make",
     ),
+    "multipliers without the argument": (
+        lambda: setattr(
+            built_with("layer"), "learning_rate_multipliers", {"a": 1.0}
+        ),
+        ValueError,
+        "`learning_rate_multipliers`.*constructor.*Received: ",
+    ),
     "base class": (
         lambda: BlockwiseOptimizer(0.1, blocking="layer").rule(),
         NotImplementedError,
