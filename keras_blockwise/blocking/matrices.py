@@ -35,6 +35,7 @@ def matrices_of(shape: Shape, axes: Axes, per_head: bool) -> Matrices | None:
         axes.kind not in KINDS
         or axes.groups > 1
         or set(axes.input) & set(axes.output)
+        or len(shape) < 2
         or shape[-1] % axes.gates
     ):
         return None
