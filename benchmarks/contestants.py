@@ -19,8 +19,9 @@ class Contestant(NamedTuple):
         return self.name.startswith(OURS)
 
 
-OURS = ("BlockAdam", "BAGM")
+OURS = ("BlockAdam", "BAGM", "BlockMuon")
 ADAM = "Keras Adam"
+MUON = "Keras Muon"
 ADAMW = "PyTorch AdamW, fused"
 FLOOR = "PyTorch SGD Nesterov, fused"
 ADAM_MINI = "adam_mini"

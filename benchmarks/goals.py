@@ -9,6 +9,7 @@ from benchmarks.contestants import ADAM
 from benchmarks.contestants import ADAM_MINI
 from benchmarks.contestants import ADAMW
 from benchmarks.contestants import FLOOR
+from benchmarks.contestants import MUON
 from benchmarks.contestants import Contestant
 
 
@@ -69,6 +70,7 @@ def step_goals(model: str) -> list[tuple[Goal, str, str]]:
             "compiled",
             FLOOR,
         ),
+        (Goal("compiled / Keras Muon", 1.0, 0.5), "compiled", MUON),
         (Goal("tf.function / Keras Adam", 0.45, 0.25), "graph", ADAM),
         (Goal("eager apply / Keras Adam", 0.15, 0.10), "eager", ADAM),
     ]

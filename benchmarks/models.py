@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import keras
@@ -36,12 +37,12 @@ def transformer_blocks(depth: int, width: int) -> Specs:
     return [*specs, *normalization(f"layer_normalization_{2 * depth}", width)]
 
 
-def gpt2() -> Specs:
+def gpt2(depth: int = 12) -> Specs:
     """GPT-2 small: 124 million parameters in 148 variables."""
     return [
         ("embedding/embeddings", (50257, 768)),
         ("position_embedding/embeddings", (1024, 768)),
-        *transformer_blocks(12, 768),
+        *transformer_blocks(depth, 768),
     ]
 
 
@@ -110,6 +111,7 @@ def tiny() -> Specs:
 
 MODELS: dict[str, Callable[[], Specs]] = {
     "gpt2": gpt2,
+    "gpt2_2": partial(gpt2, 2),
     "resnet50": resnet50,
     "vit": vit,
     "lstm": lstm,

@@ -20,6 +20,7 @@ from benchmarks.contestants import ADAM_MINI
 from benchmarks.contestants import ADAMW
 from benchmarks.contestants import COPY
 from benchmarks.contestants import FLOOR
+from benchmarks.contestants import MUON
 from benchmarks.contestants import OPTAX
 from benchmarks.contestants import Contestant
 from benchmarks.models import Specs
@@ -94,6 +95,27 @@ def keras_steps(
         Contestant(name, mode): keras_step(optimizer, variables, tensors, mode)
         for name, optimizer in optimizers.items()
         for mode in modes
+    }
+
+
+def muon_steps(
+    variables: Sequence[Any], gradients: Sequence[Any], schemes: Iterable[str]
+) -> dict[Contestant, Step]:
+    """`BlockMuon` and Keras's Muon, compiled, on the same variables."""
+    tensors = [tf.constant(gradient) for gradient in gradients]
+    optimizers = {MUON: keras.optimizers.Muon(1e-3, weight_decay=None)}
+    for scheme in schemes:
+        optimizers[f"BlockMuon {scheme}"] = kb.BlockMuon(
+            1e-3,
+            blocking=scheme,
+            output_layer=variables[0].path,
+            jit_compile=True,
+        )
+    return {
+        Contestant(name, "compiled"): keras_step(
+            optimizer, variables, tensors, "compiled"
+        )
+        for name, optimizer in optimizers.items()
     }
 
 

@@ -2,11 +2,14 @@
 
     python -m benchmarks.step --model gpt2
     python -m benchmarks.step --model resnet50 --peers keras,torch
+    python -m benchmarks.step --model gpt2_2 --peers muon --schemes output_unit
 
 Applies the same random gradients to variables with the shapes of a model.
 All contestants take part in every round. What a step has to read and write at
 least is compared with the bandwidth of a plain copy, measured in the same
-rounds. Peers that are not installed are left out.
+rounds. Peers that are not installed are left out. With the peer "muon", Keras's
+Muon and `BlockMuon` are alone: their steps take seconds, so `gpt2_2` has two
+blocks of GPT-2 only.
 """
 
 from benchmarks import contestants
@@ -25,6 +28,9 @@ def make_steps(
     arrays = models.random_arrays(specs, 0.02, seed=0)
     gradients = models.random_arrays(specs, 1e-3, seed=1)
     variables = models.make_variables(specs, arrays)
+    if "muon" in names:
+        steps = peers.muon_steps(variables, gradients, schemes)
+        return {**steps, **peers.copy_step(models.size(specs))}
     steps = peers.keras_steps(variables, gradients, schemes, modes)
     if "keras" not in names:
         steps = {c: step for c, step in steps.items() if c.is_ours}
@@ -45,7 +51,8 @@ def main() -> None:
         default="resnet50",
         help="default: %(default)s",
     )
-    report.add_list(parser, "--peers", ("keras", *peers.PEERS))
+    names = ("keras", *peers.PEERS)
+    report.add_list(parser, "--peers", (*names, "muon"), names)
     schemes = (*peers.SCHEMES, "coordinate")
     report.add_list(parser, "--schemes", schemes, peers.SCHEMES)
     report.add_list(parser, "--modes", peers.MODES)

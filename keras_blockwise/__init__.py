@@ -10,6 +10,7 @@ from keras_blockwise.optimizers import BCOS
 from keras_blockwise.optimizers import SPAM
 from keras_blockwise.optimizers import AdamMini
 from keras_blockwise.optimizers import BlockAdam
+from keras_blockwise.optimizers import BlockMuon
 from keras_blockwise.optimizers import BlockNadam
 from keras_blockwise.optimizers import BlockRMSprop
 from keras_blockwise.state.convert import convert_state
@@ -24,6 +25,7 @@ __all__ = [
     "BAGM",
     "BCOS",
     "BlockAdam",
+    "BlockMuon",
     "BlockNadam",
     "BlockRMSprop",
     "Blocking",

@@ -42,7 +42,7 @@ class Multipliers:
                 f"Received: {ARGUMENT}={argument!r}."
             )
         for key, factor in argument.items():
-            check_key(ARGUMENT, key)
+            check_key(f"A key of `{ARGUMENT}`", key)
             if not is_number(factor) or not 0 <= factor < math.inf:
                 raise ValueError(
                     f"`{ARGUMENT}[{key!r}]` must be a number in [0, inf). "

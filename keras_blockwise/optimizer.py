@@ -217,16 +217,21 @@ class BlockwiseOptimizer(Execution):
         """
         self.check_variables(variables)
         updated = [v for v in variables if not self.has_no_update(v)]
-        resolved = iter(self.blocking.resolve(updated))
+        rule = self.rule()
+        by_matrix = rule.matrix_function is not None
+        resolved = iter(self.blocking.resolve(updated, by_matrix))
         rows = [
             None if self.has_no_update(v) else next(resolved) for v in variables
         ]
         slots = plan_slots(
-            self.rule(),
+            rule,
             [keras.backend.standardize_dtype(v.dtype) for v in variables],
             [row and row.partition for row in rows],
             self.momentum_dtype,
-            [self.place_of(v) for v in variables],
+            [
+                (self.place_of(v), by_matrix and row and row.matrices and i)
+                for i, (v, row) in enumerate(zip(variables, rows))
+            ],
         )
         return rows, slots
 

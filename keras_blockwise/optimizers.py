@@ -10,6 +10,7 @@ from keras_blockwise.algorithm import conditional
 from keras_blockwise.algorithm import momentum as momenta
 from keras_blockwise.algorithm import second_moment as second_moments
 from keras_blockwise.algorithm import spikes
+from keras_blockwise.algorithm.orthogonal import newton_schulz
 from keras_blockwise.algorithm.step import Rule
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.blocking import Tile
@@ -214,7 +215,7 @@ class AdamMini(BlockAdam):
                 self.blocking.scheme,
                 ("adam_mini", "adam_mini_short"),
             )
-            self.blocking = self.blocking.with_scheme("adam_mini_short")
+            self.blocking = self.blocking.changed(scheme="adam_mini_short")
 
     def rule(self) -> Rule:
         root = second_moments.epsilon_corrected(self.epsilon)
@@ -822,4 +823,133 @@ class BCOS(BlockwiseOptimizer):
             **super().get_config(),
             "momentum": self.momentum,
             "epsilon": self.epsilon,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class BlockMuon(BlockwiseOptimizer):
+    """Muon with one second moment per block: orthogonal steps of matrices.
+
+    For a hidden matrix, with `NS` the Newton-Schulz iteration, which makes all
+    singular values nearly 1, `s_b` the mean square over block b, and
+    t = 1, 2, ...:
+
+        m <- momentum * m + (1 - momentum) * g                per weight
+        O = NS(momentum * m + (1 - momentum) * g)             per matrix
+        v <- beta_2 * v + (1 - beta_2) * s_b(O)               per block
+        O = O / (sqrt(v) + epsilon)
+        w <- w - learning_rate * 0.2 * O / RMS(O)             per matrix
+
+    All other variables (embeddings, the output layer, vectors and scalars) take
+    the step of `BAGM`, with an average for a momentum:
+
+        v <- beta_2 * v + (1 - beta_2) * s_b(g)               per block
+        p = sqrt(1 - beta_2^t) * g / (sqrt(v) + epsilon)
+        m <- momentum * m + (1 - momentum) * p                per weight
+        w <- w - learning_rate * (momentum * m + (1 - momentum) * p)
+
+    With `blocking="none"` this is Muon, whose steps have a root mean square of
+    0.2, so that learning rates of Adam suit it; with `"output_unit"` it is
+    NorMuon; with `"coordinate"` AdaMuon, but for its sign.
+
+    What is a matrix, and of what, is known from the layers: a convolution is
+    one of (inputs x positions, outputs); the projections of an attention layer
+    are one each, or one per head with `blocking="head"`; the kernels of LSTM
+    and GRU are one per gate. Depthwise and grouped kernels are none.
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use. Defaults to
+            `0.01`.
+        momentum: Decay rate of the momentum, in [0, 1); at 0 there is no
+            momentum and no state for it. Defaults to `0.95`.
+        beta_2: Decay rate of the second moment, in [0, 1). Defaults to `0.95`.
+        epsilon: Small number that keeps the division finite, added outside
+            the root. Defaults to `1e-8`.
+        ns_steps: Number of Newton-Schulz iterations, >= 1. Defaults to `5`.
+        blocking: What shares one second moment: the name of a scheme, a tuple
+            or a `keras_blockwise.Blocking`. A matrix shares none with other
+            variables. Defaults to `"output_unit"`.
+        output_layer: Path of the output layer or of a variable of it, or a
+            regular expression that matches one. Defaults to `None`: the layer
+            that makes the output of the model given to `Blocking.from_model`,
+            or else the last one, with a warning.
+        momentum_dtype: Dtype of the momentum, such as `"bfloat16"`. Defaults
+            to `None`, the dtype of the variable. The second moments are
+            float32, or float64 for float64 variables.
+        jit_compile: Boolean or `"auto"`. Whether to compile the update with
+            XLA. Defaults to `"auto"`: wherever the device can.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range; in `build`,
+            if `output_layer` matches no variable.
+
+    Example:
+
+    >>> blocking = Blocking.from_model(model)
+    >>> optimizer = BlockMuon(learning_rate=0.01, blocking=blocking)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Jordan et al., 2024](https://kellerjordan.github.io/posts/muon) for Muon
+    - [Li et al., 2025](https://arxiv.org/abs/2510.05491), Algorithm 1, for the
+      second moment of output units
+    - [Liu et al., 2025](https://arxiv.org/abs/2502.16982), Section 2.2, for the
+      root mean square of 0.2
+    """
+
+    state_family = "muon"
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.01,
+        momentum: float = 0.95,
+        beta_2: float = 0.95,
+        epsilon: float = 1e-8,
+        ns_steps: int = 5,
+        blocking: str | Tile | Blocking = "output_unit",
+        output_layer: str | None = None,
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            blocking=blocking,
+            momentum_dtype=momentum_dtype,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        self.momentum = check_fraction("momentum", momentum)
+        self.beta_2 = check_fraction("beta_2", beta_2)
+        self.epsilon = check_non_negative("epsilon", epsilon)
+        self.ns_steps = check_integer("ns_steps", ns_steps, 1)
+        self.output_layer = output_layer
+        self.blocking = self.blocking.changed(output_layer=output_layer)
+
+    def rule(self) -> Rule:
+        if self.momentum:
+            momentum = momenta.nesterov_ema(self.momentum)
+        else:
+            momentum = momenta.none()
+        return Rule(
+            second_moment=second_moments.mean_of_squares(),
+            accumulator=accumulators.exponential(self.beta_2),
+            root=second_moments.epsilon_outside(self.epsilon),
+            momentum=momentum,
+            matrix_function=newton_schulz(self.ns_steps),
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "momentum": self.momentum,
+            "beta_2": self.beta_2,
+            "epsilon": self.epsilon,
+            "ns_steps": self.ns_steps,
+            "output_layer": self.output_layer,
         }

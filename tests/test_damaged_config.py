@@ -12,7 +12,9 @@ from helpers.cases import make_variables
 
 # The square kernels have no default names.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Names and shapes", "ignore:The saved blocks do not fit"
+    "ignore:Names and shapes",
+    "ignore:The saved blocks do not fit",
+    "ignore:The output layer is not known",
 )
 
 SHAPES = {"dense/kernel": (4, 3), "dense/bias": (3,), "dense_1/kernel": (3, 5)}
@@ -29,6 +31,7 @@ OPTIMIZERS = [
     ),
     lambda: kb.BlockRMSprop(blocking="model", clipnorm=1.0),
     lambda: kb.AdamMini(),
+    lambda: kb.BlockMuon(output_layer="dense"),
     lambda: kb.BAG(skip_nonfinite=True),
 ]
 VALUES = [

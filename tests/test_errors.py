@@ -18,6 +18,7 @@ from helpers.cases import make_variables
 from helpers.cases import tensors
 from helpers.processes import TESTS
 from helpers.saving import own_variables
+from keras_blockwise.blocking.partition import Matrices
 from keras_blockwise.optimizer import BlockwiseOptimizer
 
 PACKAGE = Path(kb.__file__).parent
@@ -43,6 +44,8 @@ FRACTIONS = [
     (kb.BlockNadam, "beta_2"),
     (kb.BAGM, "momentum"),
     (kb.BAGM, "beta_2"),
+    (kb.BlockMuon, "momentum"),
+    (kb.BlockMuon, "beta_2"),
     (kb.BlockRMSprop, "rho"),
     (kb.BCOS, "momentum"),
     (kb.SPAM, "beta_1"),
@@ -57,6 +60,7 @@ NON_NEGATIVE = [
     (kb.BAGM, "power"),
     (kb.BAG, "epsilon"),
     (kb.BAG, "initial_accumulator_value"),
+    (kb.BlockMuon, "epsilon"),
     (kb.BlockRMSprop, "epsilon"),
     (kb.BCOS, "epsilon"),
     (kb.SPAM, "epsilon"),
@@ -106,6 +110,7 @@ INTEGERS = [
     (cls, name, value, rf"an integer in \[{least}, {most}\]")
     for cls, name, least, most in [
         (kb.SPAM, "reset_every", 1, "inf"),
+        (kb.BlockMuon, "ns_steps", 1, "inf"),
         (kb.SPAM, "reset_warmup", 0, 500),
     ]
     for value in (*NOT_NUMBERS, 0.5, 2.0, least - 1, math.inf)
@@ -167,6 +172,16 @@ BLOCKINGS = {
         lambda: kb.Blocking(rules={3: "layer"}),
         TypeError,
         "A key of `rules` must be .*Received: 3",
+    ),
+    "malformed output layer": (
+        lambda: kb.BlockMuon(output_layer="a(b"),
+        ValueError,
+        r"`output_layer` must be .*unterminated.*Received: 'a\(b'",
+    ),
+    "number as an output layer": (
+        lambda: kb.BlockMuon(output_layer=3),
+        TypeError,
+        "`output_layer` must be a string, .*Received: 3",
     ),
     "from_model without a model": (
         lambda: kb.Blocking.from_model("model"),
@@ -323,6 +338,17 @@ OTHERS = {
         lambda: kb.Partition((4, 6), (4, 1), "g"),
         ValueError,
         r"of a `group` must be .*Received: block_shape=\(4, 1\), group='g'",
+    ),
+    "rows of matrices": (
+        lambda: Matrices((4, 6), (4, 6), (2,)),
+        ValueError,
+        r"`rows` must be axes of the shape \(4, 6\).*Received: rows=\(2,\)",
+    ),
+    "no such output layer": (
+        lambda: kb.BlockMuon(output_layer="head").build(make_variables(SHAPES)),
+        ValueError,
+        "`output_layer` must be the path of a layer .*Received: "
+        rf"output_layer='head', which matches none of\s+{PATHS}",
     ),
     "meaning of an axis": (
         lambda: kb.register_layer_axes(gain="output width"),

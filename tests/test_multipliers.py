@@ -48,6 +48,7 @@ def make(multipliers, cls=kb.BAGM, **kwargs):
 def test_state_that_is_kept_together(case, shape, blocking):
     """As if each variable had an optimizer with a learning rate of its own."""
     many = {f"dense_{i}/kernel": shape for i in range(18)}
+    many["out/bias"] = shape
     kwargs = {"blocking": blocking, "weight_decay": 0.5, "jit_compile": False}
     factors = {path: i / 8 for i, path in enumerate(many)}
     together = make_variables(many, "float64")
@@ -57,7 +58,12 @@ def test_state_that_is_kept_together(case, shape, blocking):
     single = make_variables(many, "float64")
     for i, factor in enumerate(factors.values()):
         own = case.make(0.25 * factor, **kwargs)
-        train(own, single[i : i + 1], [given[i : i + 1] for given in gradients])
+        last = make_variables({"out/bias": shape}, "float64")
+        train(
+            own,
+            [single[i], *last],
+            [[given[i], np.zeros(shape)] for given in gradients],
+        )
     assert_close(to_numpy(together), to_numpy(single), 1e-12)
 
 

@@ -282,6 +282,8 @@ BLOCKING = kb.Blocking("layer", {"a/kernel": (None, 1), ".*/b": "model"})
 
 # One value other than the default for every argument of every optimizer.
 NON_DEFAULT = {
+    "ns_steps": 3,
+    "output_layer": "out",
     "accumulator": "polynomial",
     "amsgrad": True,
     "beta_1": 0.5,

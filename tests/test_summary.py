@@ -111,6 +111,7 @@ OPTIMIZERS = {
     "BlockNadam": (kb.BlockNadam, {}),
     "BAGM": (kb.BAGM, {}),
     "BAGM without": (kb.BAGM, {"momentum": 0.0}),
+    "BlockMuon": (kb.BlockMuon, {}),
     "BAG": (kb.BAG, {}),
     "BlockRMSprop": (kb.BlockRMSprop, {}),
     "SPAM": (kb.SPAM, {}),

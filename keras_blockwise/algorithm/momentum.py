@@ -95,3 +95,13 @@ def nesterov(beta: float) -> Momentum:
         return m, beta * m + x
 
     return Momentum(lambda t: update)
+
+
+def nesterov_ema(beta: float) -> Momentum:
+    """`nesterov` of an average: for a constant `x` the direction is `x`."""
+
+    def update(m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        m = beta * m + (1.0 - beta) * x
+        return m, beta * m + (1.0 - beta) * x
+
+    return Momentum(lambda t: update)

@@ -10,21 +10,30 @@ mean over a block:
     m, x = momentum(m, g); direction = step_size * x  or of g itself
     w <- w - learning_rate * weight_decay * w - direction
 
+A rule with a `matrix_function` takes another step where a variable is a matrix:
+
+    m, x = momentum(m, g); x = matrix_function(x)
+    s = mean_b(x^2); v as above; x = x / root(v)
+    w <- w - learning_rate * (weight_decay * w + RMS * x / sqrt(mean(x^2)))
+
 `v` and `step_size` are numbers of a block, `m` and `w` of an entry. Without
-blocks, `step_size = learning_rate`. A multiplier is a factor of the learning
-rate of one variable. The forms of `v` and `root` are in `second_moment`, those
-of the coefficients in `accumulators` and `momentum`; what may be cut off from g
-first, in `spikes`. Blockwise adaptivity: Zheng & Kwok 2019, arXiv:1905.09899.
+blocks, `step_size = learning_rate`, or the root is 1. A multiplier is a factor
+of the learning rate of one variable. The forms of `v` and `root` are in
+`second_moment`, those of the coefficients in `accumulators` and `momentum`;
+what may be cut off from g first, in `spikes`. Blockwise adaptivity: Zheng &
+Kwok 2019, arXiv:1905.09899.
 """
 
 import functools
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from typing import NamedTuple
 from typing import Protocol
+from typing import cast
 
 import numpy as np
 from keras import ops
@@ -34,25 +43,39 @@ from keras_blockwise.algorithm.blocks import block_mean
 from keras_blockwise.algorithm.blocks import join
 from keras_blockwise.algorithm.blocks import reshape
 from keras_blockwise.algorithm.blocks import split
+from keras_blockwise.algorithm.blocks import spread
 from keras_blockwise.algorithm.momentum import Momentum
 from keras_blockwise.algorithm.momentum import Update
+from keras_blockwise.algorithm.orthogonal import RMS
+from keras_blockwise.algorithm.orthogonal import TINY
+from keras_blockwise.algorithm.orthogonal import MatrixFunction
+from keras_blockwise.algorithm.orthogonal import from_matrices
+from keras_blockwise.algorithm.orthogonal import to_matrices
 from keras_blockwise.algorithm.second_moment import Root
 from keras_blockwise.algorithm.second_moment import SecondMoment
 from keras_blockwise.algorithm.second_moment import Tensors
+from keras_blockwise.algorithm.second_moment import squares
 from keras_blockwise.algorithm.spikes import Limit
 from keras_blockwise.algorithm.spikes import cut_spikes
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.algorithm.units import BlockUpdate
 from keras_blockwise.algorithm.units import EntryUpdate
+from keras_blockwise.algorithm.units import MatrixWeights
 from keras_blockwise.algorithm.units import Weights
 from keras_blockwise.blocking.partition import Partition
 
 Tensor = Any
+# The new statistics, and the new weight and its new momentum if it has one.
+MatrixUpdate = tuple[Tensors, Tensors]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What makes the step one optimizer or another."""
+    """What makes the step one optimizer or another.
+
+    With a `matrix_function`, the momentum is free of the learning rate, which
+    multiplies the direction.
+    """
 
     second_moment: SecondMoment
     accumulator: Accumulator
@@ -60,12 +83,14 @@ class Rule:
     momentum: Momentum
     momentum_of_gradient: bool = False
     limit: Limit | None = None
+    matrix_function: MatrixFunction | None = None
 
 
 class Scalars(NamedTuple):
     """What all blocks of step `t` share; see the formulas above."""
 
     learning_rate: Tensor
+    rate: Tensor
     decay: Tensor
     weight: Tensor
     root_correction: Tensor
@@ -79,12 +104,16 @@ class Scalars(NamedTuple):
     ) -> "Scalars":
         decay, weight, correction = rule.accumulator(t)
         root = correction**0.5
+        rate = learning_rate
+        if rule.matrix_function is not None:
+            rate = ops.ones_like(learning_rate)
         return cls(
             learning_rate,
+            rate,
             decay,
             weight,
             root_correction=root,
-            numerator=learning_rate * root,
+            numerator=rate * root,
             momentum=rule.momentum.at(t),
             taken=taken,
         )
@@ -108,6 +137,11 @@ class Kernels(Protocol):
     ) -> Tensors:
         """The sums of `averaged(g)` over each block; `w` helps to schedule."""
 
+    def of_matrices(
+        self, function: MatrixFunction, xs: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """The function of matrices of one shape."""
+
     def run(
         self, blocks: Sequence[BlockUpdate], entries: Sequence[EntryUpdate]
     ) -> tuple[Sequence[Tensors], Any]:
@@ -123,7 +157,7 @@ def step(
     kernels: Kernels,
     skip_nonfinite: bool = False,
     multipliers: Tensor | None = None,
-) -> tuple[Sequence[Tensors], Any, Tensor]:
+) -> tuple[Sequence[Tensors], Any, Iterator[list[MatrixUpdate]], Tensor]:
     """One step of some variables.
 
     Args:
@@ -140,7 +174,8 @@ def step(
 
     Returns:
         The new statistics of each of `batch.accumulators`, the new weights and
-        momentum of each of `batch.weights`, and whether the step was taken.
+        momentum of each of `batch.weights`, what is new of each variable of
+        each of `batch.matrices`, and whether the step was taken.
     """
 
     def time(dtype: str) -> Tensor:
@@ -157,6 +192,7 @@ def step(
     taken = True
     if skip_nonfinite:
         checked += [s for s, *_ in means]
+        checked += sums_of_squares(batch.matrices, gradients, kernels)
         finite = [ops.all(ops.isfinite(x)) for x in checked]
         taken = ops.all(ops.stack(finite))
 
@@ -183,7 +219,12 @@ def step(
         entry_update(rule, at(unit.dtype), unit, gradients, multipliers)
         for unit in batch.weights
     ]
-    return *kernels.run(blocks, entries), taken
+    statistics, new = kernels.run(blocks, entries) if entries else ([], [])
+    matrices = (
+        matrix_step(rule, at(unit.dtype), unit, gradients, kernels, multipliers)
+        for unit in batch.matrices
+    )
+    return statistics, new, matrices, taken
 
 
 def entry_update(
@@ -194,7 +235,7 @@ def entry_update(
     multipliers: Tensor | None,
 ) -> EntryUpdate:
     """What is computed once per entry of a unit."""
-    multiplier = multiplier_of(unit, multipliers)
+    multiplier = multiplier_of(unit.dtype, unit.variable_of, multipliers)
     return EntryUpdate(
         partial(entry_step, rule, at, unit.weight_decay, multiplier),
         unit.dtype,
@@ -206,17 +247,19 @@ def entry_update(
     )
 
 
-def multiplier_of(unit: Weights, multipliers: Tensor | None) -> Tensor | None:
+def multiplier_of(
+    dtype: str, variable_of: int | np.ndarray, multipliers: Tensor | None
+) -> Tensor | None:
     """Factor of the learning rate of a unit, of each entry if it has several.
 
     Variables that share an accumulator may differ in it.
     """
     if multipliers is None:
         return None
-    multipliers, number = ops.cast(multipliers, unit.dtype), unit.variable_of
-    if np.ndim(number):
-        return ops.take(multipliers, number)
-    return multipliers[number]
+    multipliers = ops.cast(multipliers, dtype)
+    if np.ndim(variable_of):
+        return ops.take(multipliers, variable_of)
+    return multipliers[variable_of]
 
 
 def averaged(
@@ -284,7 +327,7 @@ def plain_step(
     rule: Rule, at: Scalars, means: Tensors, *statistics: Tensor
 ) -> Tensors:
     """The step size of a variable without blocks."""
-    return (at.learning_rate,)
+    return (at.rate,)
 
 
 def block_step(
@@ -315,16 +358,107 @@ def entry_step(
         if len(multiplier.shape):
             multiplier = reshape(multiplier, w.shape)
         learning_rate = learning_rate * multiplier
-        step_size = step_size * multiplier
+        if rule.matrix_function is None:
+            step_size = step_size * multiplier
     m = state[0] if state else None
     if rule.momentum_of_gradient:
         m, x = at.momentum(m, g)
         direction = step_size * x
     else:
         m, direction = at.momentum(m, step_size * g)
-    decayed = w
-    if np.any(weight_decay):
-        decay = ops.cast(weight_decay, w.dtype)
-        decayed = w - w * decay * learning_rate
-    new = (decayed - direction, *([m] if state else []))
+    if rule.matrix_function is not None:
+        direction = learning_rate * direction
+    w_decayed = decayed(w, weight_decay, learning_rate)
+    new = (w_decayed - direction, *([m] if state else []))
     return at.if_taken(new, (w, *state))
+
+
+def decayed(
+    w: Tensor, weight_decay: float | np.ndarray, learning_rate: Tensor
+) -> Tensor:
+    """A weight after its decoupled decay."""
+    if not np.any(weight_decay):
+        return w
+    return w - w * ops.cast(weight_decay, w.dtype) * learning_rate
+
+
+def matrix_step(
+    rule: Rule,
+    at: Scalars,
+    unit: MatrixWeights,
+    gradients: Sequence[Tensor],
+    kernels: Kernels,
+    multipliers: Tensor | None,
+) -> list[MatrixUpdate]:
+    """The new statistics, weight and momentum of each variable of a unit."""
+    function = cast(MatrixFunction, rule.matrix_function)
+    momentum = []
+    moved = []
+    for position, state in zip(unit.positions, unit.momentum):
+        g, *old = (
+            ops.cast(value, unit.dtype)
+            for value in (gradients[position], *state)
+        )
+        m, x = at.momentum(old[0] if old else None, g)
+        momentum.append(at.if_taken((m,), tuple(old)) if old else ())
+        moved.append(to_matrices(x, unit.matrices))
+    new: list[MatrixUpdate] = []
+    for i, x in enumerate(kernels.of_matrices(function, moved)):
+        x = from_matrices(x, unit.matrices)
+        w = ops.cast(unit.variables[i], unit.dtype)
+        statistics, direction = scaled(rule, at, unit, i, x, kernels)
+        multiplier = multiplier_of(unit.dtype, unit.variable_of[i], multipliers)
+        rate = at.learning_rate
+        if multiplier is not None:
+            rate = rate * multiplier
+        changed = decayed(w, unit.weight_decay[i], rate) - rate * direction
+        new.append((statistics, (*at.if_taken((changed,), (w,)), *momentum[i])))
+    return new
+
+
+def scaled(
+    rule: Rule,
+    at: Scalars,
+    unit: MatrixWeights,
+    i: int,
+    x: Tensor,
+    kernels: Kernels,
+) -> tuple[Tensors, Tensor]:
+    """The new statistics of variable `i` of a unit, and its step along `x`."""
+    w, p = unit.variables[i], unit.partition
+    statistics: Sequence[Tensor] = ()
+    if unit.statistics[i]:
+        sums = kernels.block_sums(rule.second_moment.averaged, x, w, p)
+        means = tuple(block_mean([s], [p]) for s in sums)
+        old = (reshape(v, means[0].shape) for v in unit.statistics[i])
+        step_size, *statistics = block_step(rule, at, means, *old)
+        x = times(x, step_size, p)
+    (s,) = kernels.block_sums(squares, x, w, unit.matrices.partition)
+    mean = block_mean([s], [unit.matrices.partition])
+    scale = RMS * ops.rsqrt(mean + TINY)
+    return tuple(statistics), times(x, scale, unit.matrices.partition)
+
+
+def times(x: Tensor, values: Tensor, partition: Partition) -> Tensor:
+    """Every entry of `x` times the value of its block."""
+    shape, values = spread([values], [partition])
+    return reshape(values * reshape(x, shape), partition.shape)
+
+
+def sums_of_squares(
+    units: Sequence[MatrixWeights],
+    gradients: Sequence[Tensor],
+    kernels: Kernels,
+) -> list[Tensor]:
+    """Those of each gradient: the function of a large one may be zero."""
+    return [
+        s
+        for unit in units
+        for w, position in zip(unit.variables, unit.positions)
+        for s in kernels.block_sums(
+            squares,
+            ops.cast(gradients[position], unit.dtype),
+            w,
+            unit.matrices.partition,
+        )
+    ]

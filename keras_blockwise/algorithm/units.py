@@ -16,6 +16,7 @@ from keras_blockwise.algorithm.blocks import reshape
 from keras_blockwise.algorithm.blocks import split
 from keras_blockwise.algorithm.blocks import spread
 from keras_blockwise.algorithm.second_moment import Tensors
+from keras_blockwise.blocking.partition import Matrices
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
 
@@ -81,11 +82,42 @@ class Weights(NamedTuple):
     momentum: tuple[Any, ...]
 
 
+class MatrixWeights(NamedTuple):
+    """Variables that are matrices of one shape, each with a state of its own.
+
+    Args:
+        dtype: As in `Accumulators`.
+        variable_of: The number of each, among all of the optimizer.
+        partition: The blocks of each.
+        matrices: The matrices in each.
+        positions: As in `Weights`.
+        weight_decay: The decoupled weight decay of each.
+        variables: The variables.
+        momentum: The momentum of each, a tuple that may be empty.
+        statistics: The statistics of each, in the order of the rule; none
+            without blocks.
+    """
+
+    dtype: str
+    variable_of: tuple[int, ...]
+    partition: Partition
+    matrices: Matrices
+    positions: tuple[int, ...]
+    weight_decay: tuple[float, ...]
+    variables: tuple[Any, ...]
+    momentum: tuple[tuple[Any, ...], ...]
+    statistics: tuple[tuple[Any, ...], ...]
+
+
 class Batch(NamedTuple):
-    """The variables of a step, with all of their state."""
+    """The variables of a step, with all of their state.
+
+    Those in `matrices` are in neither of the other lists.
+    """
 
     accumulators: list[Accumulators]
     weights: list[Weights]
+    matrices: list[MatrixWeights]
 
 
 class BlockUpdate(NamedTuple):

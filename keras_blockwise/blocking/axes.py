@@ -23,6 +23,8 @@ class Axes:
             `"vector"`, or `"unknown"`.
         groups: How many groups the units on the last axis form, each with
             inputs of its own, as in a grouped convolution.
+        gates: How many maps the units on the last axis are the outputs of, one
+            after the other, as the gates of an LSTM.
 
     `Axes()` says that nothing is known, or nothing is to be told apart.
     """
@@ -33,6 +35,7 @@ class Axes:
     head: Shape = ()
     kind: str = "unknown"
     groups: int = 1
+    gates: int = 1
 
 
 class Weight(NamedTuple):

@@ -25,12 +25,17 @@ from keras_blockwise.blocking.inference import infer
 from keras_blockwise.blocking.layer_axes import meanings_in
 from keras_blockwise.blocking.matching import check_key
 from keras_blockwise.blocking.matching import match_keys
+from keras_blockwise.blocking.matrices import matrices_of
+from keras_blockwise.blocking.matrices import output_positions
+from keras_blockwise.blocking.partition import Matrices
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.blocking.schemes import GROUPS
 from keras_blockwise.blocking.schemes import SCHEMES
 
 Tile = tuple[int | None, ...]
+
+AXES = "a list of integers >= 0"
 
 
 class Row(NamedTuple):
@@ -42,6 +47,8 @@ class Row(NamedTuple):
         kind: What the variable is; see `Axes`.
         source: The scheme, tuple or rule that made the blocks.
         partition: The blocks.
+        matrices: What it is as hidden matrices; `None` if it is none, or
+            belongs to the output layer.
     """
 
     name: str
@@ -49,6 +56,16 @@ class Row(NamedTuple):
     kind: str
     source: str
     partition: Partition
+    matrices: Matrices | None = None
+
+    def alone(self) -> "Row":
+        """The same without a `group`."""
+        partition = dataclasses.replace(self.partition, group=None)
+        return Row(*self[:4], partition, self.matrices)
+
+    def of_output(self) -> "Row":
+        """The same, of the output layer: no hidden matrices."""
+        return Row(*self[:5])
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -59,6 +76,11 @@ class Row(NamedTuple):
             "shape": list(self.partition.shape),
             "block_shape": to_json(self.partition.block_shape),
             "group": self.partition.group,
+            "matrices": self.matrices
+            and {
+                "tile": list(self.matrices.tile),
+                "rows": list(self.matrices.rows),
+            },
         }
 
     @classmethod
@@ -80,12 +102,20 @@ class Row(NamedTuple):
             "a string or `None`",
             lambda value: value is None or is_string(value),
         )
+        matrices = config.get("matrices")  # Older files have none.
+        if matrices is not None:
+            tile, rows = (
+                tuple(read(matrices, "matrices", name, AXES, is_shape))
+                for name in ("tile", "rows")
+            )
+            matrices = Matrices(tuple(shape), tile, rows)
         return cls(
             string("name"),
             string("layer"),
             string("kind"),
             string("source"),
             Partition(tuple(shape), from_json(block_shape), group),
+            matrices,
         )
 
 
@@ -119,6 +149,7 @@ class Blocking:
         exact: Set by `from_model`: whether nothing is to be guessed.
         model: Set by `from_model`: a weak reference to the model, since a
             model that holds itself through its optimizer cannot be loaded.
+        output_layer: Set by `BlockMuon`.
 
     Raises:
         ValueError, TypeError: If a scheme is unknown, or a tuple or a regular
@@ -141,6 +172,7 @@ class Blocking:
     table: tuple[Row, ...] | None = field(default=None, repr=False)
     exact: bool = field(default=False, repr=False)
     model: Any = field(default=None, repr=False, compare=False)
+    output_layer: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_scheme("`scheme`", self.scheme)
@@ -151,8 +183,10 @@ class Blocking:
             )
         object.__setattr__(self, "rules", dict(self.rules or {}))
         for pattern, scheme in self.rules.items():
-            check_key("rules", pattern)
+            check_key("A key of `rules`", pattern)
             check_scheme(f"`rules[{pattern!r}]`", scheme)
+        if self.output_layer is not None:
+            check_key("`output_layer`", self.output_layer)
 
     @classmethod
     def from_model(
@@ -190,30 +224,31 @@ class Blocking:
             raise TypeError(
                 f"`model` must be a `keras.Model`. Received: model={model!r}."
             )
-        blocking = cls(
-            scheme, rules or {}, exact=True, model=weakref.ref(model)
-        )
-        if not model.built:
+        model_ref = weakref.ref(model)
+        return cls(scheme, rules or {}, exact=True, model=model_ref).changed()
+
+    def changed(self, **changes: Any) -> "Blocking":
+        """The same with other fields, and the blocks that follow from them."""
+        if changes and all(getattr(self, k) == v for k, v in changes.items()):
+            return self
+        blocking = dataclasses.replace(self, table=None, **changes)
+        model = None if self.model is None else self.model()
+        if model is None or not model.built:
             return blocking
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `build` will give them.
             table = blocking.resolve(model.trainable_variables)
         return dataclasses.replace(blocking, table=table)
 
-    def with_scheme(self, scheme: str) -> "Blocking":
-        """The same with another scheme."""
-        if scheme == self.scheme:
-            return self
-        model = None if self.model is None else self.model()
-        if model is not None:
-            return Blocking.from_model(model, scheme, self.rules)
-        return dataclasses.replace(self, scheme=scheme, table=None)
-
-    def resolve(self, variables: Sequence[Any]) -> tuple[Row, ...]:
+    def resolve(
+        self, variables: Sequence[Any], by_matrix: bool = False
+    ) -> tuple[Row, ...]:
         """The blocks of each variable, in order.
 
         Args:
             variables: The trainable variables, with `path` and `shape`.
+            by_matrix: Whether matrices take a step of their own. They share no
+                accumulator then, and a doubt about them is worth a warning.
 
         Returns:
             One `Row` per variable.
@@ -223,6 +258,14 @@ class Blocking:
                 variable, a tile does not fit its variable, or the layers would
                 have to be known and are not.
         """
+        rows = self._resolve(variables, by_matrix)
+        if by_matrix:
+            rows = tuple(row.alone() if row.matrices else row for row in rows)
+        return rows
+
+    def _resolve(
+        self, variables: Sequence[Any], by_matrix: bool
+    ) -> tuple[Row, ...]:
         weights = [Weight.of(variable) for variable in variables]
         model = None if self.model is None else self.model()
         if model is not None:
@@ -232,12 +275,13 @@ class Blocking:
                     weights,
                     [meanings[id(variable)] for variable in variables],
                     [v.path for v in model.trainable_variables],
+                    by_matrix,
                 )
                 if unknown:
                     warnings.warn(
-                        UNKNOWN.format(describe(unknown)), stacklevel=2
+                        UNKNOWN.format(describe(unknown)), stacklevel=3
                     )
-                return rows
+                return self._hide(rows, variables, model, by_matrix)
         if self.table is not None:
             table = find_rows(self.table, weights)
             if table is not None:
@@ -245,7 +289,7 @@ class Blocking:
             misfit = first_misfit(self.table, weights)
         else:
             misfit = ""
-        rows, guesses = self._choose(weights, infer(weights), [])
+        rows, guesses = self._choose(weights, infer(weights), [], by_matrix)
         if guesses and self.exact:
             raise ValueError(NOT_IN_MODEL.format(describe(guesses)))
         if misfit:
@@ -253,17 +297,19 @@ class Blocking:
                 f"The saved blocks do not fit these variables: {misfit}. The "
                 f"blocks are chosen anew by {self!r}, and a saved state of the "
                 "optimizer will not fit them.",
-                stacklevel=2,
+                stacklevel=3,
             )
         if guesses:
-            warnings.warn(GUESSES.format(describe(guesses)), stacklevel=2)
-        return rows
+            what = "blocks and matrices" if by_matrix else "blocks"
+            warnings.warn(GUESSES.format(what, describe(guesses)), stacklevel=3)
+        return self._hide(rows, variables, None, by_matrix)
 
     def _choose(
         self,
         weights: Sequence[Weight],
         meanings: Sequence[Meaning],
         other_paths: Sequence[str],
+        by_matrix: bool,
     ) -> tuple[tuple[Row, ...], list[tuple[str, Row]]]:
         """The blocks of each variable, and those of them that are ambiguous."""
         rows = []
@@ -282,13 +328,46 @@ class Blocking:
                 if scheme in GROUPS:
                     group = GROUPS[scheme](meaning.layer)
             partition = Partition(weight.shape, tiles[0], group)
-            rows.append(
-                Row(weight.name, meaning.layer, axes.kind, source, partition)
+            matrices = [
+                matrices_of(weight.shape, a, per_head=scheme == "head")
+                for a in meaning.axes
+            ]
+            row = Row(
+                weight.name,
+                meaning.layer,
+                axes.kind,
+                source,
+                partition,
+                matrices[0],
             )
+            rows.append(row)
             unsure = scheme == "layer" and not meaning.sure_of_layer
+            unsure |= by_matrix and len(set(matrices)) > 1
             if unsure or len(set(tiles)) > 1:
-                ambiguous.append((weight.path, rows[-1]))
+                ambiguous.append((weight.path, row))
         return tuple(rows), ambiguous
+
+    def _hide(
+        self,
+        rows: Sequence[Row],
+        variables: Sequence[Any],
+        model: Any,
+        by_matrix: bool,
+    ) -> tuple[Row, ...]:
+        """The rows; those of the output layer have no hidden matrices."""
+        output, guessed = output_positions(
+            variables,
+            [row.layer for row in rows],
+            [row.matrices is not None for row in rows],
+            model,
+            self.output_layer,
+        )
+        if by_matrix and guessed:
+            warnings.warn(OUTPUT.format(guessed), stacklevel=4)
+        return tuple(
+            row.of_output() if i in output else row
+            for i, row in enumerate(rows)
+        )
 
     def get_config(self) -> dict[str, Any]:
         """Plain JSON data from which `from_config` makes an equal object."""
@@ -298,6 +377,7 @@ class Blocking:
             "rules": {key: to_json(value) for key, value in self.rules.items()},
             "table": table and [row.get_config() for row in table],
             "exact": self.exact,
+            "output_layer": self.output_layer,
         }
 
     @classmethod
@@ -321,6 +401,7 @@ class Blocking:
             {key: from_json(value) for key, value in rules.items()},
             None if table is None else tuple(map(Row.from_config, table)),
             field("exact", "a boolean", is_bool),
+            output_layer=config.get("output_layer"),
         )
 
 
@@ -407,7 +488,7 @@ def describe(rows: Sequence[tuple[str, Row]]) -> str:
 
 
 GUESSES = (
-    "Names and shapes allow more than one choice of blocks. Chosen:{}\n"
+    "Names and shapes allow more than one choice of {}. Chosen:{}\n"
     "For exact blocks pass `blocking=Blocking.from_model(model, scheme)`, or "
     "give these paths a tuple in `Blocking(scheme, rules=...)`."
 )
@@ -415,6 +496,13 @@ UNKNOWN = (
     "These variables belong to layers whose axes are not known, and are one "
     "block each:{}\nSay what their axes mean with `register_layer_axes`, or "
     "give their paths a tuple in the `rules` of `Blocking.from_model`."
+)
+OUTPUT = (
+    "The output layer is not known. Taken for it, since it is the last: {}\n"
+    "Its weights take the step of embeddings and vectors, all other matrices "
+    "are orthogonalised. Pass `output_layer`, the path of a layer or a regular "
+    "expression, or `blocking=Blocking.from_model(model)` with a functional or "
+    "sequential model."
 )
 NOT_IN_MODEL = (
     "The variables must belong to the model that `Blocking.from_model` was "

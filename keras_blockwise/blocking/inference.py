@@ -67,12 +67,12 @@ def possible_axes(
         return (norm,) if layer == "rms_normalization" else (norm, fan_in(rank))
     if name in VECTORS or rank <= 1:
         return (vector(rank, VECTORS.get(name, "vector")),)
+    if name in RECURRENT and "recurrent_kernel" in siblings:
+        return (recurrent(siblings["recurrent_kernel"]),)
     if name in KERNELS:
         return (KERNELS[name](rank),)
     if name != "kernel":
         return Axes(), convolution(rank), transposed(rank), vector(rank)
-    if "recurrent_kernel" in siblings:
-        return (recurrent(rank),)
     if layer in LAYERS:
         return (LAYERS[layer](rank),)
     likely = projection(layer, rank)
@@ -122,9 +122,10 @@ def depthwise(rank: int) -> Axes:
     return replace(convolution(rank), output=(rank - 2, rank - 1))
 
 
-def recurrent(rank: int) -> Axes:
-    """`(*window, in, gates * units)`."""
-    return replace(convolution(rank), kind="recurrent")
+def recurrent(shape: Shape) -> Axes:
+    """`(*window, in, gates * units)`, by the recurrent kernel: units in."""
+    gates = shape[-1] // max(shape[-2], 1)
+    return replace(convolution(len(shape)), kind="recurrent", gates=gates)
 
 
 def embedding(rank: int) -> Axes:
@@ -160,6 +161,9 @@ def bias_shape(axes: Axes, shape: Shape) -> Shape:
     return units
 
 
+# Names of the kernels of a recurrent layer.
+RECURRENT = ("kernel", "recurrent_kernel")
+
 # Names that Keras gives to one kind of variable only.
 KERNELS = {
     "depthwise_kernel": depthwise,
@@ -167,7 +171,6 @@ KERNELS = {
     "imag_kernel": convolution,
     "pointwise_kernel": convolution,
     "real_kernel": convolution,
-    "recurrent_kernel": recurrent,
     "reverse_embeddings": convolution,
 }
 

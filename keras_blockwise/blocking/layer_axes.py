@@ -12,7 +12,8 @@ each of its axes:
 
 An axis may have two meanings, joined by "+"; "..." repeats the one before it
 for as many axes as there are; "output/2" at the end are the outputs of a
-convolution in 2 groups, each with inputs of its own. A key "child/weight"
+convolution in 2 groups, each with inputs of its own, and "output*4" those of
+the 4 gates of an LSTM, one gate after the other. A key "child/weight"
 names the weight of a sublayer by the sublayer's name, and takes precedence
 over the entry of the sublayer's own class; "*" stands for all other weights.
 Where the axes depend on the arguments of the layer, a function of the layer
@@ -40,11 +41,6 @@ VECTOR = ("vector", "output ...")
 CONV = ("conv", "spatial ... input output")
 DEPTHWISE = ("conv", "spatial ... input+output output")
 LINEAR = ("dense", "input output")
-RECURRENT = {
-    "kernel": ("recurrent", "input output"),
-    "recurrent_kernel": ("recurrent", "input output"),
-    "bias": BIAS,
-}
 NORMALIZATION = {"gamma": NORM, "beta": BIAS, "scale": NORM}
 
 
@@ -104,6 +100,14 @@ def convolution(layer: Layer) -> Entry:
     }
 
 
+def recurrent(axes: str) -> Entry:
+    return {
+        "kernel": ("recurrent", axes),
+        "recurrent_kernel": ("recurrent", axes),
+        "bias": BIAS,
+    }
+
+
 # By the root package and the name of the class: not all classes are public.
 LAYER_AXES: dict[str, Entry | Callable[[Layer], Entry]] = {
     "keras.AdditiveAttention": {"scale": ("vector", "input")},
@@ -123,11 +127,7 @@ LAYER_AXES: dict[str, Entry | Callable[[Layer], Entry]] = {
         "bias": BIAS,
     },
     "keras.BatchNormalization": NORMALIZATION,
-    "keras.ConvLSTMCell": {
-        "kernel": ("recurrent", "spatial ... input output"),
-        "recurrent_kernel": ("recurrent", "spatial ... input output"),
-        "bias": BIAS,
-    },
+    "keras.ConvLSTMCell": recurrent("spatial ... input output*4"),
     "keras.Dense": {
         "kernel": LINEAR,
         "bias": BIAS,
@@ -141,10 +141,10 @@ LAYER_AXES: dict[str, Entry | Callable[[Layer], Entry]] = {
         "lora_embeddings_b": LINEAR,
         "reverse_embeddings": LINEAR,
     },
-    "keras.GRUCell": RECURRENT,
+    "keras.GRUCell": recurrent("input output*3"),
     "keras.GroupNormalization": NORMALIZATION,
     "keras.GroupedQueryAttention": ATTENTION,
-    "keras.LSTMCell": RECURRENT,
+    "keras.LSTMCell": recurrent("input output*4"),
     "keras.LayerNormalization": NORMALIZATION,
     "keras.LayerScale": {"*": VECTOR},
     "keras.MultiHeadAttention": ATTENTION,
@@ -154,7 +154,7 @@ LAYER_AXES: dict[str, Entry | Callable[[Layer], Entry]] = {
         "real_kernel": ("conv", "spatial input output"),
         "imag_kernel": ("conv", "spatial input output"),
     },
-    "keras.SimpleRNNCell": RECURRENT,
+    "keras.SimpleRNNCell": recurrent("input output"),
     "keras_hub.BloomAttention": HEADS_DENSE,
     "keras_hub.CachedGemma3Attention": HEADS_FIRST,
     "keras_hub.CachedGemmaAttention": HEADS_FIRST,
@@ -315,8 +315,12 @@ def parse(weight: Weight, kind: str, meanings: str) -> Axes:
         meaning: tuple(i for i, word in enumerate(words) if meaning in word)
         for meaning in ("output", "input", "spatial", "head")
     }
-    groups = int(meanings.partition("/")[2] or 1)
-    return Axes(**roles, kind=kind, groups=groups)
+    return Axes(
+        **roles,
+        kind=kind,
+        groups=int(meanings.partition("/")[2] or 1),
+        gates=int(meanings.partition("*")[2] or 1),
+    )
 
 
 def axes_of(weight: Weight, layer: Layer, parents: list[Layer]) -> Axes | None:

@@ -8,19 +8,19 @@ from typing import Any
 from keras_blockwise.blocking.axes import Weight
 
 
-def check_key(argument: str, key: Any) -> None:
-    """Raises an error if a key of an argument cannot match any variable."""
+def check_key(what: str, key: Any) -> None:
+    """Raises an error if a key, or what it is, cannot match any variable."""
     if not isinstance(key, str):
         raise TypeError(
-            f"A key of `{argument}` must be a string, the path of a variable "
-            f"or a regular expression. Received: {key!r}."
+            f"{what} must be a string, the path of a variable or a regular "
+            f"expression. Received: {key!r}."
         )
     try:
         re.compile(key)
     except re.error as error:
         raise ValueError(
-            f"A key of `{argument}` must be the path of a variable or a "
-            f"regular expression ({error}). Received: {key!r}."
+            f"{what} must be the path of a variable or a regular expression "
+            f"({error}). Received: {key!r}."
         ) from error
 
 

@@ -3,6 +3,7 @@
 Shapes in, shapes out: nothing here knows layers, names or tensors.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -121,3 +122,70 @@ class Partition:
                     extent *= factors.pop()[0]
                 factors.append((extent, inside))
         return factors
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A variable of `shape` seen as matrices of one shape.
+
+    Args:
+        shape: Shape of the variable.
+        tile: The part of it that is one matrix, as a `block_shape`.
+        rows: The axes that are the rows of a matrix, in order; the others are
+            its columns.
+
+    Raises:
+        ValueError: If the tile does not fit the shape, or `rows` are not some
+            of its axes.
+
+    Example:
+
+    >>> matrices = Matrices((8, 4, 16), (8, 1, 16), (0,))
+    >>> matrices.matrix_shape
+    (4, 8, 16)
+    """
+
+    shape: Shape
+    tile: Shape
+    rows: Shape
+
+    def __post_init__(self) -> None:
+        if list(self.rows) != [i for i in self._axes if i in self.rows]:
+            raise ValueError(
+                f"`rows` must be axes of the shape {self.shape}, in order. "
+                f"Received: rows={self.rows}."
+            )
+        Partition(self.shape, self.tile)  # Raises an error.
+
+    @property
+    def partition(self) -> Partition:
+        """The matrices as blocks."""
+        return Partition(self.shape, self.tile)
+
+    @property
+    def _axes(self) -> range:
+        return range(len(self.shape))
+
+    @property
+    def columns(self) -> Shape:
+        """The other axes."""
+        return tuple(axis for axis in self._axes if axis not in self.rows)
+
+    @property
+    def matrix_shape(self) -> Shape:
+        """How many matrices there are, and their rows and columns."""
+        rows = math.prod(self.tile[axis] for axis in self.rows)
+        columns = math.prod(self.tile[axis] for axis in self.columns)
+        return math.prod(self.shape) // (rows * columns), rows, columns
+
+    @property
+    def view_shape(self) -> Shape:
+        """Two axes for each axis: across matrices, and within one."""
+        sizes = ((n // size, size) for n, size in zip(self.shape, self.tile))
+        return tuple(itertools.chain.from_iterable(sizes))
+
+    @property
+    def order(self) -> Shape:
+        """The axes of `view_shape` in the order of `matrix_shape`."""
+        within = (2 * axis + 1 for axis in (*self.rows, *self.columns))
+        return (*(2 * axis for axis in self._axes), *within)

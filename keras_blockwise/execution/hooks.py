@@ -196,14 +196,10 @@ class KerasHooks(keras.optimizers.Optimizer):
         """The weight decay of the variable at a position."""
         state = self.block_state
         row, variable = state.rows[index], state.variables[index]
-        if (
-            row is None
-            or row.kind in self.undecayed_kinds
-            or self.weight_decay is None
-            or not self._use_weight_decay(variable)
-        ):
-            return 0.0
-        return float(self.weight_decay)
+        decays = row and row.kind not in self.undecayed_kinds
+        if decays and self.weight_decay and self._use_weight_decay(variable):
+            return float(self.weight_decay)
+        return 0.0
 
     @property
     def _counters(self) -> list[Variable]:

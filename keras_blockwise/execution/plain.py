@@ -14,6 +14,8 @@ import keras
 from keras import ops
 
 from keras_blockwise.algorithm.blocks import block_sum
+from keras_blockwise.algorithm.orthogonal import MatrixFunction
+from keras_blockwise.algorithm.orthogonal import together
 from keras_blockwise.algorithm.second_moment import Tensors
 from keras_blockwise.algorithm.units import BlockUpdate
 from keras_blockwise.algorithm.units import EntryUpdate
@@ -38,6 +40,15 @@ class PlainKernels:
     ) -> Tensors:
         """The sums of `averaged(g)` over each block."""
         return tuple(block_sum(x, partition) for x in averaged(g))
+
+    def of_matrices(
+        self, function: MatrixFunction, xs: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """The function of matrices of one shape: all in one product.
+
+        Not exact: accelerators may round what they multiply.
+        """
+        return together(lambda x: function(x, False), xs)
 
     def run(
         self, blocks: Sequence[BlockUpdate], entries: Sequence[EntryUpdate]

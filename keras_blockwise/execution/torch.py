@@ -237,7 +237,7 @@ def unstacked(batch: Batch) -> Batch:
         shapes = [partition.shape for partition in unit.partitions]
         momentum = tuple(viewed(part, shapes) for part in unit.momentum)
         weights.append(unit._replace(momentum=momentum))
-    return Batch(accumulators, weights)
+    return Batch(accumulators, weights, batch.matrices)
 
 
 def stack_alike(
@@ -247,6 +247,7 @@ def stack_alike(
 ) -> StackedBatch:
     """What `state.batch` returns, with stacks of variables that are alike."""
     alike: dict[Any, list[int]] = {}
+    is_matrix = state.has_matrices
     # In the order in which their state is kept.
     for i in sorted(indices):
         variable, partition = state.variables[i], state.partitions[i]
@@ -254,6 +255,7 @@ def stack_alike(
         if (
             partition is not None
             and partition.group is None
+            and not is_matrix[i]
             and math.prod(partition.shape) <= LARGEST
         ):
             device = variable.value.device
@@ -261,9 +263,12 @@ def stack_alike(
         alike.setdefault(key, []).append(i)
     others = [i for own in alike.values() if len(own) == 1 for i in own]
     stacks = [own for own in alike.values() if len(own) > 1]
-    accumulators, weights = unstacked(state.batch(others, weight_decay))
+    accumulators, weights, matrices = unstacked(
+        state.batch(others, weight_decay)
+    )
     for position, own in enumerate(stacks, len(others)):
         unit = stacked(state.batch(own, weight_decay), own, position)
         accumulators.append(unit[0])
         weights.append(unit[1])
-    return StackedBatch(Batch(accumulators, weights), others, stacks)
+    batch = Batch(accumulators, weights, matrices)
+    return StackedBatch(batch, others, stacks)

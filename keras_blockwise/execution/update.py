@@ -10,6 +10,7 @@ from keras_blockwise.algorithm.step import Kernels
 from keras_blockwise.algorithm.step import Rule
 from keras_blockwise.algorithm.step import step
 from keras_blockwise.algorithm.units import Batch
+from keras_blockwise.algorithm.units import MatrixWeights
 from keras_blockwise.state.storage import Part
 
 Tensor = Any
@@ -48,7 +49,7 @@ def update(
     Returns:
         Whether the step was taken: a boolean scalar.
     """
-    statistics, entries, taken = step(
+    statistics, entries, matrices, taken = step(
         rule,
         values_of(batch, read),
         gradients,
@@ -71,6 +72,12 @@ def update(
             assign(variable, value)
         for part, value in zip(weights.momentum, momentum):
             write(part, value)
+    for unit, updates in zip(batch.matrices, matrices):
+        for i, (new, (w, *momentum)) in enumerate(updates):
+            assign(unit.variables[i], w)
+            parts = (*unit.statistics[i], *unit.momentum[i])
+            for part, value in zip(parts, (*new, *momentum), strict=True):
+                write(part, value)
     return taken
 
 
@@ -93,4 +100,19 @@ def values_of(batch: Batch, read: Read) -> Batch:
         w = join([read(variable) for variable in unit.variables])
         momentum = tuple(part.value(read) for part in unit.momentum)
         weights.append(unit._replace(variables=(w,), momentum=momentum))
-    return Batch([accumulators[k] for k in sorted(accumulators)], weights)
+    return Batch(
+        [accumulators[k] for k in sorted(accumulators)],
+        weights,
+        [values_of_matrices(unit, read) for unit in batch.matrices],
+    )
+
+
+def values_of_matrices(unit: MatrixWeights, read: Read) -> MatrixWeights:
+    def values(parts: Sequence[Part]) -> tuple[Tensor, ...]:
+        return tuple(part.value(read) for part in parts)
+
+    return unit._replace(
+        variables=tuple(map(read, unit.variables)),
+        momentum=tuple(map(values, unit.momentum)),
+        statistics=tuple(map(values, unit.statistics)),
+    )

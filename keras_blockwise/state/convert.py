@@ -103,6 +103,7 @@ def values_of(
             with_shapes(state.paths, state.variables),
             with_shapes(old.paths, old.variables),
         )
+        check_matrices(state, old)
         values = old.values_by_weight()
         old_partitions = old.partitions
     else:
@@ -152,6 +153,20 @@ def check_same(expected: Sequence[str], received: Sequence[str]) -> None:
             raise ValueError(
                 "`source` must be built on the variables of `target`, in the "
                 f"same order: {path!r}. Received: {other!r}."
+            )
+
+
+def check_matrices(state: Storage, old: Storage) -> None:
+    """Of a matrix, the state is that of its orthogonal directions."""
+    for path, ours, theirs in zip(
+        state.paths, state.has_matrices, old.has_matrices
+    ):
+        if ours != theirs:
+            owner = "target" if ours else "source"
+            raise ValueError(
+                "`source` and `target` must have the same hidden matrices and "
+                f"output layer. Received: variable {path!r}, a hidden matrix "
+                f"in {owner} alone. Give `output_layer` to both."
             )
 
 

@@ -7,6 +7,7 @@ numbers. So small slots of one kind are kept together in one variable.
 import itertools
 import math
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from keras_blockwise.algorithm.step import Rule
 from keras_blockwise.algorithm.units import Accumulators
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.algorithm.units import Group
+from keras_blockwise.algorithm.units import MatrixWeights
 from keras_blockwise.algorithm.units import Weights
 from keras_blockwise.blocking.axes import Weight
 from keras_blockwise.blocking.blocking import Row
@@ -149,6 +151,11 @@ class Storage:
         self._partitions = {
             i: row.partition for i, row in enumerate(rows) if row
         }
+        self._matrices = {
+            i: row.matrices
+            for i, row in enumerate(rows)
+            if rule.matrix_function and row and row.matrices
+        }
         # Where a variable has no entry, and nothing to update.
         self.empty = {i for i, p in self._partitions.items() if 0 in p.shape}
         self._keys = accumulator_keys(self.partitions)
@@ -156,6 +163,11 @@ class Storage:
             (slot.name, self._keys_of(slot.name)[slot.index]): slot
             for slot in slots
         }
+
+    @property
+    def has_matrices(self) -> list[bool]:
+        """Whether each variable takes the step of a matrix."""
+        return [i in self._matrices for i in range(len(self.variables))]
 
     @property
     def paths(self) -> list[str]:
@@ -209,15 +221,16 @@ class Storage:
             indices: Positions of the variables.
             weight_decay: Tells the weight decay of the variable at a position.
         """
+        position_of = {i: position for position, i in enumerate(indices)}
+        others = [i for i in indices if i not in self._matrices]
         together: list[tuple[Sequence[int], tuple[Part, ...]]]
         if self.rule.momentum.has_state:
             together = [
                 (own, (part,))
-                for own, part in self._together("momentum", indices)
+                for own, part in self._together("momentum", others)
             ]
         else:
-            together = [((i,), ()) for i in indices]
-        position_of = {i: position for position, i in enumerate(indices)}
+            together = [((i,), ()) for i in others]
         weights = [
             Weights(
                 self._dtypes[own[0]],
@@ -230,13 +243,24 @@ class Storage:
             )
             for own, momentum in together
         ]
-        return Batch(self._accumulators(indices), weights)
+        return Batch(
+            self._accumulators(others, position_of),
+            weights,
+            self._matrix_units(position_of, weight_decay),
+        )
 
-    def _accumulators(self, indices: Sequence[int]) -> list[Accumulators]:
-        """The accumulators of some variables; without blocks, an empty one."""
+    def _accumulators(
+        self, indices: Sequence[int], positions: dict[int, int]
+    ) -> list[Accumulators]:
+        """The accumulators of some variables; without blocks, an empty one.
+
+        Args:
+            indices: Positions of the variables.
+            positions: Position of the gradient, by that of the variable.
+        """
         members: dict[Key, list[int]] = {}
-        for position, i in enumerate(indices):
-            members.setdefault(self._keys[i], []).append(position)
+        for i in indices:
+            members.setdefault(self._keys[i], []).append(i)
         adapt = {key: ("velocity", key) in self._slots for key in members}
         together = self._together("velocity", [k for k in members if adapt[k]])
         units = [keys for keys, _ in together]
@@ -245,8 +269,8 @@ class Storage:
         for keys in units:
             groups = tuple(
                 Group(
-                    tuple(members[key]),
-                    tuple(self._partitions[indices[p]] for p in members[key]),
+                    tuple(positions[i] for i in members[key]),
+                    tuple(self._partitions[i] for i in members[key]),
                 )
                 for key in keys
             )
@@ -255,7 +279,7 @@ class Storage:
                 for name in self.rule.second_moment.statistics
                 if (name, keys[0]) in self._slots
             )
-            dtype = self._dtypes[indices[members[keys[0]][0]]]
+            dtype = self._dtypes[members[keys[0]][0]]
             accumulators.append(Accumulators(dtype, groups, statistics))
         return accumulators
 
@@ -265,6 +289,44 @@ class Storage:
             return values[0]
         sizes = [math.prod(self._partitions[i].shape) for i in indices]
         return np.repeat(values, sizes)
+
+    def _matrix_units(
+        self, positions: dict[int, int], weight_decay: Callable[[int], float]
+    ) -> list[MatrixWeights]:
+        """The variables at `positions` that are matrices, those alike together.
+
+        Args:
+            positions: Position of the gradient, by that of the variable.
+            weight_decay: As in `batch`.
+        """
+        alike: dict[Any, list[int]] = {}
+        for i in positions:
+            if i in self._matrices:
+                key = self._dtypes[i], self._partitions[i], self._matrices[i]
+                alike.setdefault(key, []).append(i)
+
+        def parts(i: int, names: Iterable[str]) -> tuple[Part, ...]:
+            return tuple(self._together(name, [i])[0][1] for name in names)
+
+        momentum = ["momentum"] * self.rule.momentum.has_state
+        statistics = self.rule.second_moment.statistics
+        return [
+            MatrixWeights(
+                dtype,
+                tuple(own),
+                partition,
+                matrices,
+                tuple(positions[i] for i in own),
+                tuple(weight_decay(i) for i in own),
+                tuple(self.variables[i] for i in own),
+                tuple(parts(i, momentum) for i in own),
+                tuple(
+                    parts(i, [s for s in statistics if (s, i) in self._slots])
+                    for i in own
+                ),
+            )
+            for (dtype, partition, matrices), own in alike.items()
+        ]
 
     def _keys_of(self, name: str) -> Sequence[Any]:
         return range(len(self.rows)) if name == "momentum" else self._keys

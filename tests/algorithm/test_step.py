@@ -6,6 +6,7 @@ import pytest
 
 import keras_blockwise as kb
 from helpers import oracle
+from helpers.cases import HIDDEN
 from helpers.cases import SCHEMES
 from helpers.cases import Case
 from helpers.cases import each_case
@@ -220,9 +221,13 @@ def check_truth(
         else tuple(t or n for n, t in zip(shapes[path], tile))
         for path, tile in tiles.items()
     }
+    own = {}
+    if case.cls is kb.BlockMuon:
+        own["matrices"] = [matrices_of(path) for path in tiles]
     truth = getattr(oracle, case.cls.__name__)(
         [to_float64(variable) for variable in variables],
         label_arrays(tiles),
+        **own,
         store=rounding(dtype),
         store_momentum=rounding(momentum_dtype or dtype),
         **case.kwargs,
@@ -258,10 +263,21 @@ def check_truth(
             assert_stored(name, variable, value, slot_dtype, TOLERANCES[low])
         else:
             slot_dtype = "float64" if dtype == "float64" else "float32"
-            assert_stored(
-                name, variable, value, slot_dtype, TOLERANCES[slot_dtype]
-            )
+            # That of a matrix comes from the momentum.
+            exact = slot_dtype if case.cls is not kb.BlockMuon else low
+            assert_stored(name, variable, value, slot_dtype, TOLERANCES[exact])
     return optimizer, variables, truth
+
+
+def matrices_of(path):
+    """The entries of the hidden matrix that a variable is, if it is one."""
+    if path not in MATRICES:
+        return None
+    return np.arange(np.prod(SHAPES[path])).reshape(1, *MATRICES[path])
+
+
+# Rows and columns of the matrices in `MIXED`.
+MATRICES = {"dense/kernel": (4, 6), "query/kernel": (4, 6)}
 
 
 def assert_stored(name, variable, expected, dtype, tolerance):
@@ -297,6 +313,7 @@ ONE_OF_EACH = [
     Case(kb.AdamMini),
     Case(kb.BlockNadam),
     Case(kb.BAGM),
+    Case(kb.BlockMuon, HIDDEN),
     Case(kb.BAG),
     Case(kb.BCOS),
     Case(kb.SPAM, {"reset_every": 9, "reset_warmup": 3}),
@@ -319,6 +336,7 @@ MIXED = {
     "dense/bias": (None,),
     "embedding/embeddings": "model",
     "query/kernel": (None, 2, 1),
+    "query/bias": (1, 1),  # Tells what the axes of the kernel are.
     "scalar/bias": "model",
     "value/bias": None,
 }
@@ -406,6 +424,8 @@ def test_tiles(case, path, tile):
         Case(kb.BlockRMSprop, {"rho": 0.0, "epsilon": 0.5}),
         Case(kb.BCOS, {"momentum": 0.0}),
         Case(kb.BCOS, {"momentum": 0.5, "epsilon": 0.5}),
+        Case(kb.BlockMuon, {"beta_2": 0.0, "epsilon": 0.5, **HIDDEN}),
+        Case(kb.BlockMuon, {"ns_steps": 1, **HIDDEN}),
     ],
     ids=lambda case: case.id,
 )

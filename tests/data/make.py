@@ -9,6 +9,7 @@ All versions of Keras must load them, too: make them with the oldest, those of
 `.ci/oldest.txt`. The ones here are of Keras 3.15, and what 3.10 lacks has been
 taken from the layers in their `config.json`, where it was `null`:
 `quantization_config`, and `input_axes` and `output_axes` of initializers.
+That of `BlockMuon` is compressed.
 """
 
 import json
@@ -42,6 +43,9 @@ OPTIMIZERS: dict[str, Any] = {
     ),
     "bagm": lambda: kb.BAGM(
         0.05, accumulator="polynomial", blocking="layer", jit_compile=False
+    ),
+    "block_muon": lambda: kb.BlockMuon(
+        0.05, output_layer="net/out", weight_decay=0.01, jit_compile=False
     ),
     "bag": lambda: kb.BAG(
         0.05,

@@ -47,7 +47,8 @@ def train(make, parts=(PATHS,), dtype="float32", reverse=False):
     optimizers = [make() for _ in parts]
     for optimizer, paths in zip(optimizers, parts):
         optimizer.exclude_from_weight_decay(var_names=["bias"])
-        optimizer.build([variables[path] for path in paths])
+        last = make_variables({"out/bias": (1,)}, dtype)  # Without a gradient.
+        optimizer.build([*(variables[path] for path in paths), *last])
     for step, gradients in enumerate(make_gradients(3, SHAPES)):
         given = dict(zip(PATHS, tensors(gradients, dtype)))
         left_out = PATHS[1::4] if step == 1 else []

@@ -48,6 +48,8 @@ Nadam = keras.optimizers.Nadam
 RMSprop = keras.optimizers.RMSprop
 # Betas that float32 can hold: Keras rounds them to it even in float64.
 BETAS = {"beta_1": 0.875, "beta_2": 1 - 2.0**-9}
+# Output layers, so that there is no warning; some other kernels are hidden.
+HIDDEN = {"output_layer": r".*out|.*bias|embedding.*|kernel|dense_[12]\d(/.*)?"}
 
 CASES = [
     Case(kb.BlockAdam, {}, Adam),
@@ -64,6 +66,8 @@ CASES = [
     Case(kb.BAGM, {"nesterov": False}),
     Case(kb.BAGM, {"accumulator": "polynomial", "power": 2.0}),
     Case(kb.BAGM, {"momentum": 0.0}),
+    Case(kb.BlockMuon, {"momentum": 0.0, "ns_steps": 3, **HIDDEN}),
+    Case(kb.BlockMuon, HIDDEN),
     Case(kb.BAG, {}, Adagrad),
     Case(
         kb.BAG,

@@ -278,3 +278,67 @@ class BlockRMSprop(Oracle):
         variance = v - a**2 if centered else v
         m = momentum * m + lr * g / np.sqrt(variance + epsilon)
         return m, -m
+
+
+class BlockMuon(Oracle):
+    """Muon with blocks.
+
+    Args:
+        matrices: For each variable, the positions of the entries of its
+            matrices in the raveled variable, of shape `(matrices, rows,
+            columns)`; `None` for one that is no hidden matrix.
+    """
+
+    def __init__(self, weights, labels, matrices, **kwargs):
+        super().__init__(weights, labels, **kwargs)
+        self.matrices = matrices
+
+    def coefficients(self, beta_2=0.95, **_):
+        return beta_2, 1 - beta_2
+
+    def step(self, gradients, learning_rate):
+        mu = self.hyper.get("momentum", 0.95)
+        directions = list(gradients)
+        self.moved = {}
+        for k, g in enumerate(gradients):
+            if g is not None and self.matrices[k] is not None:
+                g = np.array(g, np.float64)
+                m = self.moved[k] = mu * self.momentum[k] + (1 - mu) * g
+                directions[k] = self.orthogonal(k, mu * m + (1 - mu) * g)
+        super().step(directions, learning_rate)
+
+    def orthogonal(self, k, u):
+        o = np.zeros(u.size)
+        for entries in self.matrices[k]:
+            steps = self.hyper.get("ns_steps", 5)
+            o[entries] = newton_schulz(u.ravel()[entries], steps)
+        return o.reshape(u.shape)
+
+    def of_variable(self, k):
+        self.k = k
+        return super().of_variable(k)
+
+    def update(
+        self, lr, g, m, v, a, momentum=0.95, beta_2=0.95, epsilon=1e-8, **_
+    ):
+        x = g / (np.sqrt(v) + epsilon)
+        if self.matrices[self.k] is None:
+            x = np.sqrt(1 - beta_2**self.t) * x
+            m = momentum * m + (1 - momentum) * x
+            return m, -lr * (momentum * m + (1 - momentum) * x)
+        for entries in self.matrices[self.k]:
+            part = x.ravel()[entries]
+            rms = np.sqrt(np.mean(part**2))
+            x.ravel()[entries] = 0.2 * part / rms if rms else 0.0
+        return self.moved[self.k], -lr * x
+
+
+def newton_schulz(u, steps=5):
+    """As its authors write it, of one matrix."""
+    x = u / (np.linalg.norm(u) + 1e-7)
+    if u.shape[0] > u.shape[1]:
+        x = x.T
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if u.shape[0] > u.shape[1] else x

@@ -63,14 +63,15 @@ def test_a_gradient_of_another_shape_before_build():
 @each_class
 def test_a_gradient_that_broadcasts(case, shape):
     ends = []
+    shapes = {**KERNEL, "out/bias": (3,)}
     for full in (False, True):
         gradient = gradient_of(shape)
         if full:
             gradient = np.broadcast_to(gradient, (4, 3))
         optimizer = case.make(0.1, jit_compile=False)
-        variables = make_variables(KERNEL)
+        variables = make_variables(shapes)
         for _ in range(2):
-            optimizer.apply(tensors([gradient]), variables)
+            optimizer.apply(tensors([gradient, np.ones(3)]), variables)
         ends.append(to_numpy([*variables, *optimizer.variables]))
     assert_same(*ends)
 

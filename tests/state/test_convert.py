@@ -421,3 +421,30 @@ def test_a_loss_scale_optimizer_that_is_not_built():
     wrapper = keras.optimizers.LossScaleOptimizer(kb.BAG())
     with pytest.raises(ValueError, match="`source` must be built"):
         kb.convert_state(wrapper, wrapper)
+
+
+def muon(output_layer, blocking="output_unit"):
+    return kb.BlockMuon(
+        0.01, blocking=blocking, output_layer=output_layer, jit_compile=False
+    )
+
+
+def test_other_blocks_of_muon():
+    source, weights = trained(muon("dense"))
+    target = built(muon("dense", "variable"), weights)
+    kb.convert_state(source, target)
+    assert_same(slots(target, "momentum"), slots(source, "momentum"))
+    expected = brute_force(
+        per_coordinate(source, "velocity"), target.partitions
+    )
+    assert_close(per_coordinate(target, "velocity"), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "source, target", [("conv", "dense"), ("dense", "conv")]
+)
+def test_another_output_layer(source, target):
+    source, weights = trained(muon(source), steps=1)
+    target = built(muon(target), weights)
+    with refused(target.variables, "'conv/kernel', a hidden matrix in "):
+        kb.convert_state(source, target)

@@ -24,7 +24,8 @@ FULL = {"use_ema": True, "gradient_accumulation_steps": 2}
 
 def make_model(optimizer, seed=0):
     keras.utils.set_random_seed(seed)
-    layers = [keras.layers.Dense(4, name=f"dense_{i}") for i in range(17)]
+    names = ["dense", *(f"dense_{i}" for i in range(10, 26))]
+    layers = [keras.layers.Dense(4, name=name) for name in names]
     x = inputs = keras.Input((4,))
     for layer in layers:
         x = layer(x)
@@ -196,7 +197,7 @@ def test_paths_are_unique(case, blocking):
     """Also where layers have one path, or paths are one with other slashes."""
     optimizer = case.make(blocking=blocking, **FULL)
     shapes = {"a/b_kernel": (2, 3), "a_b/kernel": (2, 3)}
-    shapes["small/kernel"] = (70, 70)
+    shapes |= {"small/kernel": (70, 70), "out/bias": (3,)}
     variables = [v for _ in range(20) for v in make_variables(shapes)]
     optimizer.build(variables)
     paths = [variable.path for variable in optimizer.variables]

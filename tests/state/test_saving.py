@@ -418,6 +418,10 @@ ORDER = {
         [*KERAS, "learning_rate_multipliers", *of_each("velocity")],
     ),
     "BAGM-none": (kb.BAGM(momentum=0.0), KERAS + of_each("velocity")),
+    "BlockMuon": (
+        kb.BlockMuon(output_layer="b"),
+        KERAS + of_each("momentum", "velocity"),
+    ),
     "BAG": (kb.BAG(), KERAS + of_each("velocity")),
     "BlockRMSprop": (
         kb.BlockRMSprop(centered=True, momentum=0.5),

@@ -57,6 +57,9 @@ OPTIMIZERS = {
     "BlockNadam": lambda model: kb.BlockNadam(),
     "BAGM": lambda model: kb.BAGM(),
     "BAGM polynomial": lambda model: kb.BAGM(accumulator="polynomial"),
+    "BlockMuon": lambda model: kb.BlockMuon(
+        blocking=kb.Blocking.from_model(model)
+    ),
     "BAG": lambda model: kb.BAG(),
     "BlockRMSprop": lambda model: kb.BlockRMSprop(momentum=0.9, centered=True),
     "BCOS": lambda model: kb.BCOS(),

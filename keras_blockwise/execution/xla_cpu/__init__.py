@@ -19,6 +19,8 @@ momentum of 16 bits in place,    no copy of the momentum       benchmarks.memory
 all but a few variables before   `model.fit`, compiled, 0.96    benchmarks.fit
 the last gradient, and short     to 0.98 of Adam's step, else  (with `LARGE = 0`
 gradients joined, `calls`        0.98 to 1.01                  in `tensorflow`)
+matrices one by one, on x x^T    two blocks of GPT-2: 0.59 of  benchmarks.step
+alone, `ALONE`                   the step of Keras's Muon      (`muon`)
 """
 
 import os
@@ -28,6 +30,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_blockwise.algorithm.orthogonal import MatrixFunction
+from keras_blockwise.algorithm.orthogonal import together
 from keras_blockwise.algorithm.second_moment import Tensors
 from keras_blockwise.algorithm.units import BlockUpdate
 from keras_blockwise.algorithm.units import EntryUpdate
@@ -38,6 +42,9 @@ from keras_blockwise.execution.xla_cpu import rows
 from keras_blockwise.execution.xla_cpu import sums
 
 Tensor = Any
+
+# Matrices with as many entries are multiplied one by one, not copied together.
+ALONE = 2**18
 
 
 class XlaCpuKernels(PlainKernels):
@@ -52,6 +59,16 @@ class XlaCpuKernels(PlainKernels):
     ) -> Tensors:
         g = sums.read_along(g, w, partition)
         return tuple(sums.block_sum(x, partition) for x in averaged(g))
+
+    def of_matrices(
+        self, function: MatrixFunction, xs: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        def exact(x: Tensor) -> Tensor:
+            return function(x, True)
+
+        if xs[0].shape.num_elements() < ALONE:
+            return together(exact, xs)
+        return [exact(x) for x in xs]
 
     def run(
         self, blocks: Sequence[BlockUpdate], entries: Sequence[EntryUpdate]
