@@ -11,6 +11,7 @@ from helpers.arrays import assert_differ
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
 from helpers.cases import CASES
+from helpers.cases import HIDDEN
 from helpers.cases import OPTIMIZERS
 from helpers.cases import Case
 from helpers.cases import make_gradients
@@ -35,8 +36,10 @@ ROWS = [
     Case(kb.AdamMini),
     Case(kb.BlockNadam),
     Case(kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
+    Case(kb.BlockMuon, HIDDEN),
     Case(kb.BAG, {"blocking": "model"}),
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
+    Case(kb.BCOS),
     Case(kb.SPAM, {"blocking": "output_unit"}),
 ]
 # The last cannot be squared in float32, so the state could not hold it.
