@@ -26,6 +26,7 @@ from helpers.cases import some_quick
 from helpers.training import eager
 from helpers.training import graph
 from helpers.training import train
+from keras_blockwise.blocking import schemes
 
 BACKEND = keras.backend.backend()
 STEPS = 20
@@ -375,6 +376,10 @@ def test_the_signatures_were_read():
 @each_optimizer
 def test_every_optimizer_has_a_case(cls):
     assert cls in [case.cls for case in CASES]
+
+
+def test_every_scheme_is_in_the_table():
+    assert sorted(SCHEMES) == sorted(schemes.SCHEMES)
 
 
 @pytest.mark.parametrize(("cls", "name", "default"), ARGUMENTS)
