@@ -174,3 +174,12 @@ def test_forms_of_issues():
     for path in forms:
         form = yaml.safe_load(path.read_text("utf-8"))
         assert {"name", "description", "body"} <= form.keys()
+
+
+# Examples.
+
+
+def test_every_example_is_listed():
+    listed = (ROOT / "examples" / "README.md").read_text("utf-8")
+    names = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert set(re.findall(r"\]\((\w+\.py)\)", listed)) == names
