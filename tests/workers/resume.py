@@ -193,13 +193,12 @@ DEFAULT = [
     Setting("BlockNadam", "checkpoint", "eager", "accumulation"),
     Setting("BlockRMSprop", "weights", "eager", "mixed_float16"),
     Setting("SPAM", "backup", "eager", "ema"),
-    Setting("BCOS", "keras", "xla", "skip"),
-    Setting("BlockMuon", "keras", "graph"),
+    Setting("BCOS", "keras", "eager", "skip"),
+    Setting("BlockMuon", "keras", "eager"),
     Setting("BAG", "weights", "xla"),
-    Setting("AdamMini", "model_checkpoint", "xla", "mixed_float16"),
+    Setting("AdamMini", "model_checkpoint", "eager", "mixed_float16"),
     Setting("BAGM", "backup", "replicas", "ema"),
     Setting("BlockRMSprop", "checkpoint", "graph", "plain", "replicas"),
-    Setting("BlockAdam", "weights", "replicas", "plain", "graph"),
 ]
 EVERY = {
     *(Setting(o, format, "eager") for o in OPTIMIZERS for format in FORMATS),
