@@ -247,6 +247,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "tiny", tiny_task())
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_a_run(tiny):
     runs = [quality.Run("tiny", "BAGM", 1e-2, seed) for seed in (1, 1, 2)]
     first, again, other = (quality.train(run)[:-1] for run in runs)
