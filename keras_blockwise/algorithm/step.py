@@ -74,7 +74,8 @@ class Rule:
     """What makes the step one optimizer or another.
 
     With a `matrix_function`, the momentum is free of the learning rate, which
-    multiplies the direction.
+    multiplies the direction. `plain_rate` is a multiplier, that of variables
+    without blocks.
     """
 
     second_moment: SecondMoment
@@ -84,6 +85,7 @@ class Rule:
     momentum_of_gradient: bool = False
     limit: Limit | None = None
     matrix_function: MatrixFunction | None = None
+    plain_rate: float = 1.0
 
 
 class Scalars(NamedTuple):
@@ -236,6 +238,9 @@ def entry_update(
 ) -> EntryUpdate:
     """What is computed once per entry of a unit."""
     multiplier = multiplier_of(unit.dtype, unit.variable_of, multipliers)
+    if np.any(unit.rate != 1.0):
+        rate = ops.cast(unit.rate, unit.dtype)
+        multiplier = rate if multiplier is None else rate * multiplier
     return EntryUpdate(
         partial(entry_step, rule, at, unit.weight_decay, multiplier),
         unit.dtype,

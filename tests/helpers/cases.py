@@ -61,6 +61,7 @@ CASES = [
         {"amsgrad": True, **BETAS},
     ),
     Case(kb.AdamMini),
+    Case(kb.Adalayer, HIDDEN),
     Case(kb.BlockNadam, BETAS, Nadam, BETAS),
     Case(kb.BAGM),
     Case(kb.BAGM, {"nesterov": False}),
@@ -126,6 +127,8 @@ SCHEMES = [
     "model",
     "adam_mini",
     "adam_mini_short",
+    "adalayer",
+    "adalayer_sgd",
     "none",
 ]
 

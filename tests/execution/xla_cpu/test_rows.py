@@ -75,6 +75,7 @@ def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The output layer is not known")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_rows_of_every_scheme(scheme, is_cut):
     def make(**kwargs):
