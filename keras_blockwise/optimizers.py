@@ -15,13 +15,12 @@ from keras_blockwise.algorithm.orthogonal import newton_schulz
 from keras_blockwise.algorithm.step import Rule
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.blocking import Tile
-from keras_blockwise.multipliers import factor_of
-from keras_blockwise.multipliers import relative_rate
 from keras_blockwise.optimizer import BlockwiseOptimizer
 from keras_blockwise.validation import check_choice
 from keras_blockwise.validation import check_fraction
 from keras_blockwise.validation import check_integer
 from keras_blockwise.validation import check_non_negative
+from keras_blockwise.validation import check_relative_rate
 
 
 @keras.saving.register_keras_serializable("keras_blockwise")
@@ -280,7 +279,8 @@ class Adalayer(BlockAdam):
         output_layer: Path of the output layer or of a variable of it, or a
             regular expression that matches one. Defaults to `None`: the layer
             that makes the output of the model given to `Blocking.from_model`,
-            or else the last one, with a warning.
+            or else the last one, with a warning. An embedding that makes the
+            output has to be named.
         momentum_dtype: As in `BlockAdam`.
         jit_compile: As in `BlockAdam`.
         **kwargs: The other arguments of `keras.optimizers.Optimizer`:
@@ -325,7 +325,7 @@ class Adalayer(BlockAdam):
             jit_compile=jit_compile,
             **kwargs,
         )
-        self.sgd_learning_rate = relative_rate(
+        self.sgd_learning_rate = check_relative_rate(
             "sgd_learning_rate", sgd_learning_rate, learning_rate
         )
         self.output_layer = output_layer
@@ -341,7 +341,7 @@ class Adalayer(BlockAdam):
         return replace(
             super().rule(),
             root=second_moments.epsilon_corrected(self.epsilon),
-            plain_rate=factor_of(self.sgd_learning_rate),
+            plain_rate=self.sgd_learning_rate,
         )
 
     def get_config(self) -> dict[str, Any]:

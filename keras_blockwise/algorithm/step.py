@@ -74,8 +74,8 @@ class Rule:
     """What makes the step one optimizer or another.
 
     With a `matrix_function`, the momentum is free of the learning rate, which
-    multiplies the direction. `plain_rate` is a multiplier, that of variables
-    without blocks.
+    multiplies the direction. `plain_rate` is the rate of variables without
+    blocks, and the learning rate that it stands beside.
     """
 
     second_moment: SecondMoment
@@ -85,7 +85,15 @@ class Rule:
     momentum_of_gradient: bool = False
     limit: Limit | None = None
     matrix_function: MatrixFunction | None = None
-    plain_rate: float = 1.0
+    plain_rate: Sequence[float] | None = None
+
+    @property
+    def plain_factor(self) -> float:
+        """What multiplies the learning rate of variables without blocks."""
+        if self.plain_rate is None:
+            return 1.0
+        rate, beside = self.plain_rate
+        return rate / beside
 
 
 class Scalars(NamedTuple):

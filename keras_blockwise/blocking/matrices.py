@@ -79,7 +79,6 @@ def output_positions(
         others = [] if model is None else [v.path for v in model.variables]
         return matching(output_layer, weights, others), []
     makers = None if model is None else last_layers(model)
-    position = {id(variable): i for i, variable in enumerate(variables)}
     kernels = [
         i
         for i, weight in enumerate(weights)
@@ -87,14 +86,9 @@ def output_positions(
     ]
     candidates = [kernels]
     if makers is not None:
-        found = [
-            [position[id(v)] for v in maker.variables if id(v) in position]
-            for maker in makers
-        ]
         candidates = [
-            [i for i in own if i in kernels]
-            or [i for i in own if kinds[i] == "embedding"]
-            for own in found
+            [i for i in kernels if id(variables[i]) in own]
+            for own in ({id(v) for v in maker.variables} for maker in makers)
         ]
     last = {layers[max(own)] for own in candidates if own}
     positions = {i for i, layer in enumerate(layers) if layer in last}

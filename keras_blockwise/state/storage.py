@@ -286,7 +286,7 @@ class Storage:
 
     def _rate_of(self, index: int) -> float:
         has_blocks = self._partitions[index].block_shape is not None
-        return 1.0 if has_blocks else self.rule.plain_rate
+        return 1.0 if has_blocks else self.rule.plain_factor
 
     def _of_entries(self, values: Sequence[Any], indices: Sequence[int]) -> Any:
         """Values of some variables, entry by entry if they differ."""

@@ -121,12 +121,12 @@ def test_only_code_knows_the_output_of_a_subclassed_model():
     assert (tiles["a/kernel"], tiles["b/kernel"]) == ((5, 1), (4, 3))
 
 
-def test_a_tied_embedding_makes_the_output():
+def test_a_tied_embedding_that_is_named():
     embedding = L.ReversibleEmbedding(7, 4, name="tied")
     x = keras.Input((5,))
     y = L.Dense(4, name="a")(embedding(x))
     model = keras.Model(x, embedding(y, reverse=True))
-    tiles = tiles_of(model, optimizer_for(model, "adalayer", cls=kb.Adalayer))
+    tiles = tiles_of(model, adalayer(output_layer="tied"))
     assert tiles["tied/embeddings"] == (1, 4)
     assert tiles["a/kernel"] == (4, 4)
 
