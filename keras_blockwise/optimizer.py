@@ -41,7 +41,7 @@ SETTABLE = {
     "name",
 }
 # Arguments of which the constructor makes something.
-USED_AT_ONCE = {"skip_nonfinite", "value"}
+USED_AT_ONCE = {"output_layer", "sgd_learning_rate", "skip_nonfinite", "value"}
 NOT_SETTABLE = (
     "`learning_rate_multipliers` must be a mapping, and can be set on a built "
     "optimizer if its constructor was given one, such as `{{}}`. Received: "

@@ -5,11 +5,11 @@ import pytest
 import tensorflow as tf
 
 import keras_blockwise as kb
+from helpers.arrays import assert_near
 from helpers.cases import SHAPES
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import tensors
-from helpers.arrays import assert_near
 from helpers.programs import compiled_functions
 from keras_blockwise.execution import compiled
 

@@ -61,6 +61,7 @@ CASES = [
         {"amsgrad": True, **BETAS},
     ),
     Case(kb.AdamMini),
+    Case(kb.Adalayer, HIDDEN),
     Case(kb.BlockNadam, BETAS, Nadam, BETAS),
     Case(kb.BAGM, {"momentum": 0.0}),
     Case(kb.BAGM, {"nesterov": False}),
@@ -127,6 +128,8 @@ SCHEMES = [
     "model",
     "adam_mini",
     "adam_mini_short",
+    "adalayer",
+    "adalayer_sgd",
     "none",
 ]
 

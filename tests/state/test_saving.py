@@ -412,6 +412,18 @@ ORDER = {
         KERAS + of_each("momentum", "velocity", "velocity_hat"),
     ),
     "AdamMini": (kb.AdamMini(), KERAS + of_each("momentum", "velocity")),
+    "Adalayer": (
+        kb.Adalayer(output_layer="b"),
+        KERAS + of_each("momentum", "velocity"),
+    ),
+    "SGD+Adalayer": (
+        kb.Adalayer(sgd_learning_rate=0.5, output_layer="b"),
+        [
+            *KERAS,
+            *of_each("momentum", paths=PATHS[:2]),
+            *of_each("momentum", "velocity", paths=PATHS[2:]),
+        ],
+    ),
     "BlockNadam": (kb.BlockNadam(), KERAS + of_each("momentum", "velocity")),
     "BAGM": (kb.BAGM(), KERAS + of_each("momentum", "velocity")),
     "no blocks": (kb.BAGM(blocking="none"), KERAS + of_each("momentum")),

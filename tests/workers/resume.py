@@ -33,6 +33,10 @@ from helpers.tensorflow import strategy_of
 OPTIMIZERS = {
     "BlockAdam": (kb.BlockAdam, {"amsgrad": True, "weight_decay": 0.01}),
     "AdamMini": (kb.AdamMini, {"momentum_dtype": "bfloat16"}),
+    "Adalayer": (
+        kb.Adalayer,
+        {"sgd_learning_rate": 0.1, "output_layer": ".*bias"},
+    ),
     "BlockNadam": (kb.BlockNadam, {"weight_decay": 0.01}),
     "BAGM": (kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
     "BlockMuon": (kb.BlockMuon, {"output_layer": ".*bias"}),
@@ -195,6 +199,7 @@ DEFAULT = [
     Setting("SPAM", "backup", "eager", "ema"),
     Setting("BCOS", "keras", "eager", "skip"),
     Setting("BlockMuon", "keras", "eager"),
+    Setting("Adalayer", "keras", "eager"),
     Setting("BAG", "weights", "xla"),
     Setting("AdamMini", "model_checkpoint", "eager", "mixed_float16"),
     Setting("BAGM", "backup", "replicas", "ema"),

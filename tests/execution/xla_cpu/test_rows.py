@@ -76,6 +76,7 @@ def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The output layer is not known")
 @pytest.mark.parametrize(
     "scheme",
     [
