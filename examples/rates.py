@@ -58,12 +58,12 @@ def make_table(history: dict[str, Any], rate: float) -> Table:
 
 
 def draw(history: dict[str, Any], path: str) -> None:
-    """Writes the rates and the influences to an image file."""
+    """Writes the rates, and the influences of good fits, to an image file."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, own in zip(("rate", "influence"), axes):
+    for name, style, own in zip(("rate", "influence"), (".-", "."), axes):
         for key in GROUPS:
             values = history[f"{name}/{key}"]
-            own.plot(history["batch"], values, marker=".", label=key)
+            own.plot(history["batch"], values, style, label=key)
         own.set(xlabel="step", ylabel=name, yscale="log")
         own.grid(alpha=0.3)
     axes[0].legend()

@@ -185,10 +185,11 @@ class HessianInformedRates(keras.callbacks.Callback):
                 "a generator that ends, but a list of what it yields, say. "
                 f"Received: data={self.data!r}, which has none left."
             )
-        return keras.tree.map_structure(
+        tensors: tuple[Any, Any, Any] = keras.tree.map_structure(
             lambda x: x if x is None else ops.convert_to_tensor(x),
             keras.utils.unpack_x_y_sample_weight(batch),
         )
+        return tensors
 
 
 def check_data(data: Any) -> Any:

@@ -18,6 +18,8 @@ from keras_blockwise import callbacks
 
 L = keras.layers
 GROUPS = {".*hidden/.*": 1.0, ".*out/.*": 1.0}
+# What XLA has to compile takes TensorFlow longer than it runs.
+QUICK = {"jit_compile": keras.backend.backend() == "jax"}
 # Keeps every multiplier, whatever the fit.
 UNMOVED = 1 - 2.0**-53
 
@@ -47,7 +49,7 @@ def fit(model, *own, epochs=1, steps=4):
 
 def compiled_mlp(loss="mse", **kwargs):
     model = mlp()
-    model.compile(optimizer(), loss, **kwargs)
+    model.compile(optimizer(), loss, **QUICK, **kwargs)
     return model
 
 
@@ -62,7 +64,7 @@ def scalars(loss, **kwargs):
     ]
     model = keras.Model(inputs, L.Concatenate()(outputs))
     groups = {".*a/kernel": 1.0, ".*b/kernel": 0.5}
-    model.compile(optimizer(groups, learning_rate=0.2), loss)
+    model.compile(optimizer(groups, learning_rate=0.2), loss, **QUICK)
     return model
 
 
@@ -114,7 +116,9 @@ def test_a_bad_fit_keeps_the_rate(loss):
     own = kb.HessianInformedRates([(x, x)], every=2)
     model.compute_loss = lambda x, y, p, *args, **kwargs: loss(y, p)
     model.compile(
-        optimizer({".*a/kernel": 0.75, ".*b/kernel": 0.0}, 0.2), "mse"
+        optimizer({".*a/kernel": 0.75, ".*b/kernel": 0.0}, 0.2),
+        "mse",
+        **QUICK,
     )
     history = model.fit(x, x, epochs=2, verbose=0, callbacks=[own]).history
     found = model.optimizer.learning_rate_multipliers
@@ -172,7 +176,7 @@ def test_nothing_but_the_multipliers_changes():
                 L.Dense(1, kernel_regularizer="l2", name="out"),
             ]
         )
-        model.compile(optimizer(), "mse", metrics=["mae"])
+        model.compile(optimizer(), "mse", metrics=["mae"], **QUICK)
         own = kb.HessianInformedRates(
             batches(), every=2, smoothing=UNMOVED, factors=(-1, 1)
         )
@@ -187,7 +191,8 @@ def test_nothing_but_the_multipliers_changes():
 def test_the_loss_is_that_of_evaluate():
     """With its regularizers and the weights of samples."""
     model = mlp(kernel_regularizer="l2", activity_regularizer="l2")
-    model.compile(optimizer(), "mse")
+    model.add(L.Dropout(0.5))
+    model.compile(optimizer(), "mse", **QUICK)
     x, y = product_data(8)
     weights = np.arange(8, dtype="float32")
     loss = callbacks.loss_function(model)
@@ -262,7 +267,8 @@ def test_data_without_another_batch(data):
 def test_a_loss_scale_optimizer_is_looked_into():
     inner = optimizer()
     model = mlp()
-    model.compile(keras.optimizers.LossScaleOptimizer(inner, 8.0), "mse")
+    wrapped = keras.optimizers.LossScaleOptimizer(inner, 8.0)
+    model.compile(wrapped, "mse", **QUICK)
     own = kb.HessianInformedRates(batches(), every=2)
     fit(model, own, epochs=2)
     assert set(inner.learning_rate_multipliers.values()) != {1.0}
@@ -287,7 +293,7 @@ def test_what_was_found_is_saved(tmp_path):
 def test_rates_of_a_schedule_and_epochs_without_a_fit():
     model = mlp()
     schedule = keras.optimizers.schedules.ExponentialDecay(0.01, 4, 0.5)
-    model.compile(optimizer(learning_rate=schedule), "mse")
+    model.compile(optimizer(learning_rate=schedule), "mse", **QUICK)
     own = kb.HessianInformedRates(batches(), every=6, smoothing=UNMOVED)
     history = fit(model, own, epochs=2)
     for key in GROUPS:

@@ -9,9 +9,10 @@ import keras
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled once for each shape of its arguments."""
-    return jax.jit(function)
+    program: Callable[..., Any] = jax.jit(function)
+    return program
 
 
 def number_of_replicas(model: keras.Model) -> int:
     """How many copies of a model are trained together."""
-    return jax.process_count()
+    return int(jax.process_count())
