@@ -29,7 +29,7 @@ def make_model() -> keras.Model:
     return keras.Sequential(
         [
             keras.Input((64,)),
-            layers.Dense(64, activation="relu", name="first"),
+            layers.Dense(128, activation="relu", name="first"),
             layers.Dense(64, activation="relu", name="second"),
             layers.Dense(5, name="head"),
         ],
