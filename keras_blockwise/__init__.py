@@ -3,6 +3,7 @@
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.layer_axes import register_layer_axes
 from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.callbacks import HessianInformedRates
 from keras_blockwise.multipliers import layerwise_decay
 from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
@@ -31,6 +32,7 @@ __all__ = [
     "BlockNadam",
     "BlockRMSprop",
     "Blocking",
+    "HessianInformedRates",
     "Partition",
     "SPAM",
     "all_or_nothing",

@@ -347,6 +347,19 @@ def check_methods(cls: Any) -> None:
         )
 
 
+def groups_of(optimizer: BlockwiseOptimizer) -> dict[str, list[Variable]]:
+    """The variables of each key of the `learning_rate_multipliers`, if built.
+
+    A variable belongs to one key at most.
+    """
+    given = optimizer._given or Multipliers({})
+    groups: dict[str, list[Variable]] = {key: [] for key in given.factors}
+    for key, variable in zip(given.keys or (), optimizer.block_state.variables):
+        if key is not None:
+            groups[key].append(variable)
+    return groups
+
+
 def add_multipliers(
     optimizer: BlockwiseOptimizer, values: Sequence[float]
 ) -> Variable:

@@ -154,8 +154,12 @@ IMPORTS = {
         *("multipliers", "state", "validation"),
     },
     "optimizers": {"algorithm", "blocking", "optimizer", "validation"},
+    "callbacks": {"execution", "optimizer", "validation"},
     "summary": {"blocking", "optimizer", "state"},
-    "__init__": {"blocking", "multipliers", "optimizers", "state", "summary"},
+    "__init__": {
+        *("blocking", "callbacks", "multipliers"),
+        *("optimizers", "state", "summary"),
+    },
 }
 
 

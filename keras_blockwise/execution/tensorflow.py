@@ -457,3 +457,16 @@ def on_device(devices: set[str]) -> Any:
         return contextlib.nullcontext()
     (device,) = devices
     return tf.device(device)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as a graph, made once unless shapes of arguments change."""
+    graph: Callable[..., Any] = tf.function(
+        function, autograph=False, reduce_retracing=True
+    )
+    return graph
+
+
+def number_of_replicas(model: keras.Model) -> int:
+    """How many copies of a model are trained together."""
+    return int(model.distribute_strategy.num_replicas_in_sync)
