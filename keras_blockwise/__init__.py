@@ -3,11 +3,13 @@
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.layer_axes import register_layer_axes
 from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.callbacks import HessianInformedRates
 from keras_blockwise.multipliers import layerwise_decay
 from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
 from keras_blockwise.optimizers import BCOS
 from keras_blockwise.optimizers import SPAM
+from keras_blockwise.optimizers import Adalayer
 from keras_blockwise.optimizers import AdamMini
 from keras_blockwise.optimizers import BlockAdam
 from keras_blockwise.optimizers import BlockMuon
@@ -20,6 +22,7 @@ from keras_blockwise.summary import summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adalayer",
     "AdamMini",
     "BAG",
     "BAGM",
@@ -29,6 +32,7 @@ __all__ = [
     "BlockNadam",
     "BlockRMSprop",
     "Blocking",
+    "HessianInformedRates",
     "Partition",
     "SPAM",
     "all_or_nothing",

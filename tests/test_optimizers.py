@@ -228,6 +228,7 @@ def test_loss_scale_optimizer_equals_keras(case, wrap):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The output layer is not known")
 @pytest.mark.parametrize(
     "momentum, nesterov, accumulator, scheme",
     [(0.875, True, "exponential", scheme) for scheme in SCHEMES]
@@ -312,6 +313,7 @@ NON_DEFAULT = {
     "reset_every": 200,
     "reset_warmup": 20,
     "rho": 0.25,
+    "sgd_learning_rate": [0.5, 0.25],
     "skip_nonfinite": True,
     "spike_threshold": 25.0,
     "use_ema": True,

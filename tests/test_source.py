@@ -23,7 +23,11 @@ SOURCES = {
 }
 by_module = pytest.mark.parametrize("module", SOURCES)
 # Who may name TensorFlow; what of this runs on other backends is in `plain`.
-TENSORFLOW = ("execution.tensorflow", "execution.xla_cpu")
+TENSORFLOW = (
+    "execution.tensorflow",
+    "execution.compiled",
+    "execution.xla_cpu",
+)
 
 
 def nodes(module, kind):
@@ -150,8 +154,12 @@ IMPORTS = {
         *("multipliers", "state", "validation"),
     },
     "optimizers": {"algorithm", "blocking", "optimizer", "validation"},
+    "callbacks": {"execution", "optimizer", "validation"},
     "summary": {"blocking", "optimizer", "state"},
-    "__init__": {"blocking", "multipliers", "optimizers", "state", "summary"},
+    "__init__": {
+        *("blocking", "callbacks", "multipliers"),
+        *("optimizers", "state", "summary"),
+    },
 }
 
 

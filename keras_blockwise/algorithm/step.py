@@ -74,7 +74,8 @@ class Rule:
     """What makes the step one optimizer or another.
 
     With a `matrix_function`, the momentum is free of the learning rate, which
-    multiplies the direction.
+    multiplies the direction. `plain_rate` is the rate of variables without
+    blocks, and the learning rate that it stands beside.
     """
 
     second_moment: SecondMoment
@@ -84,6 +85,15 @@ class Rule:
     momentum_of_gradient: bool = False
     limit: Limit | None = None
     matrix_function: MatrixFunction | None = None
+    plain_rate: Sequence[float] | None = None
+
+    @property
+    def plain_factor(self) -> float:
+        """What multiplies the learning rate of variables without blocks."""
+        if self.plain_rate is None:
+            return 1.0
+        rate, beside = self.plain_rate
+        return rate / beside
 
 
 class Scalars(NamedTuple):
@@ -236,6 +246,9 @@ def entry_update(
 ) -> EntryUpdate:
     """What is computed once per entry of a unit."""
     multiplier = multiplier_of(unit.dtype, unit.variable_of, multipliers)
+    if np.any(unit.rate != 1.0):
+        rate = ops.cast(unit.rate, unit.dtype)
+        multiplier = rate if multiplier is None else rate * multiplier
     return EntryUpdate(
         partial(entry_step, rule, at, unit.weight_decay, multiplier),
         unit.dtype,

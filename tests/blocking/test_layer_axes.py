@@ -166,7 +166,7 @@ GROUPED = {
 }
 GATE = {"gate/kernel": heads((4, 2, 3), "dense"), "gate/bias": each((2, 3))}
 NO_BIAS = {path: a for path, a in ATTENTION.items() if "bias" not in path}
-GAMMA_BETA = {"gamma": each((4,), "norm"), "beta": each((4,))}
+GAMMA_BETA = {"gamma": each((4,), "norm"), "beta": each((4,), "shift")}
 
 ROWS = {
     "Dense": Row(lambda: L.Dense(3), [(2, 4)], DENSE),
@@ -634,7 +634,7 @@ ROWS = {
     "LayerNormalization axes": Row(
         lambda: L.LayerNormalization(axis=(1, 2)),
         [(2, 7, 4)],
-        {"gamma": each((7, 4), "norm"), "beta": each((7, 4))},
+        {"gamma": each((7, 4), "norm"), "beta": each((7, 4), "shift")},
     ),
     "RMSNormalization": Row(
         lambda: L.RMSNormalization(),

@@ -5,6 +5,7 @@ import pytest
 
 import keras_blockwise as kb
 from helpers.cases import make_variables
+from helpers.models import mlp
 
 L = keras.layers
 
@@ -177,6 +178,14 @@ def test_an_unknown_output_layer(named):
     blocking = "output_unit" if named else kb.Blocking.from_model(model)
     with pytest.warns(UserWarning, match=UNKNOWN + r"\['.*b/kernel'\]"):
         found = hidden(model, blocking)
+    assert [path.split("/")[-2] for path in found] == ["a"]
+
+
+def test_an_output_layer_of_one_unit():
+    """It is the last, though no matrix."""
+    model = mlp(5, 4, 1, names=("a", "b"))
+    with pytest.warns(UserWarning, match=UNKNOWN + r"\['.*b/kernel'\]"):
+        found = hidden(model, "output_unit")
     assert [path.split("/")[-2] for path in found] == ["a"]
 
 

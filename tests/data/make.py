@@ -9,7 +9,7 @@ All versions of Keras must load them, too: make them with the oldest, those of
 `.ci/oldest.txt`. The ones here are of Keras 3.15, and what 3.10 lacks has been
 taken from the layers in their `config.json`, where it was `null`:
 `quantization_config`, and `input_axes` and `output_axes` of initializers.
-That of `BlockMuon` is compressed.
+Most are compressed, which changes no byte of what is in them.
 """
 
 import json
@@ -34,6 +34,9 @@ OPTIMIZERS: dict[str, Any] = {
     ),
     "adam_mini": lambda: kb.AdamMini(
         0.05, momentum_dtype="bfloat16", weight_decay=0.01, jit_compile=False
+    ),
+    "adalayer": lambda: kb.Adalayer(
+        0.05, sgd_learning_rate=0.5, output_layer="net/out", jit_compile=False
     ),
     "block_nadam": lambda: kb.BlockNadam(
         0.05,

@@ -34,6 +34,7 @@ if tf is not None:
 ROWS = [
     Case(kb.BlockAdam, {"amsgrad": True}),
     Case(kb.AdamMini),
+    Case(kb.Adalayer, HIDDEN),
     Case(kb.BlockNadam),
     Case(kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
     Case(kb.BlockMuon, HIDDEN),

@@ -61,11 +61,12 @@ CASES = [
         {"amsgrad": True, **BETAS},
     ),
     Case(kb.AdamMini),
+    Case(kb.Adalayer, HIDDEN),
     Case(kb.BlockNadam, BETAS, Nadam, BETAS),
-    Case(kb.BAGM),
+    Case(kb.BAGM, {"momentum": 0.0}),
     Case(kb.BAGM, {"nesterov": False}),
     Case(kb.BAGM, {"accumulator": "polynomial", "power": 2.0}),
-    Case(kb.BAGM, {"momentum": 0.0}),
+    Case(kb.BAGM),
     Case(kb.BlockMuon, {"momentum": 0.0, "ns_steps": 3, **HIDDEN}),
     Case(kb.BlockMuon, HIDDEN),
     Case(kb.BAG, {}, Adagrad),
@@ -95,11 +96,12 @@ each_class = pytest.mark.parametrize(
 
 
 def marks_of(case):
-    """Where a case takes seconds: a class of each kind of momentum is quick.
+    """Where a case takes seconds: one row of each kind of momentum is quick.
 
     The others differ from these in what the oracle tests compare.
     """
-    return () if case.cls in (kb.BlockAdam, kb.BAGM) else pytest.mark.slow
+    quick = case.cls in (kb.BlockAdam, kb.BAGM) and case in LAST_OF_CLASS
+    return () if quick else pytest.mark.slow
 
 
 def some_quick(cases):
@@ -126,6 +128,8 @@ SCHEMES = [
     "model",
     "adam_mini",
     "adam_mini_short",
+    "adalayer",
+    "adalayer_sgd",
     "none",
 ]
 

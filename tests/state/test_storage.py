@@ -12,10 +12,12 @@ from helpers.arrays import assert_same
 from helpers.arrays import refused
 from helpers.arrays import to_numpy
 from helpers.cases import CASES
+from helpers.cases import LAST_OF_CLASS
 from helpers.cases import each_case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
+from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.models import normal
 from helpers.saving import own_variables
@@ -139,7 +141,7 @@ def test_any_number_together(assert_alike, together):
     assert_alike(together, kb.BlockAdam, amsgrad=True)
 
 
-@each_case
+@some_quick(CASES)
 def test_compiled(build, case):
     results = [
         step_in_order(build(number, case.make, jit_compile=True))
@@ -210,7 +212,7 @@ def test_a_step_that_is_not_finite_is_left_out(build, jit_compile):
 
 
 @pytest.mark.tensorflow
-@pytest.mark.parametrize("case", CASES[1:5], ids=lambda case: case.id)
+@some_quick(LAST_OF_CLASS)
 def test_replicas_with_data_of_their_own(build, case):
     strategy = two_replicas()
     steps, sums = replica_gradients(strategy, STEPS, SHAPES)

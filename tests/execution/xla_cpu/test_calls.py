@@ -64,16 +64,13 @@ def test_two_calls_have_the_numbers_of_one(case, blocking):
     assert_near(*ends)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"gradient_accumulation_steps": 2},
-        {"use_ema": True, "ema_overwrite_frequency": 2},
-        {"global_clipnorm": 0.5},
-    ],
-    ids=lambda kwargs: next(iter(kwargs)),
-)
-def test_two_calls_with_the_options_of_keras(kwargs):
+def test_two_calls_with_the_options_of_keras():
+    kwargs = {
+        "gradient_accumulation_steps": 2,
+        "use_ema": True,
+        "ema_overwrite_frequency": 2,
+        "global_clipnorm": 0.5,
+    }
     one, two = [kb.BAGM(0.1, jit_compile=True, **kwargs) for _ in range(2)]
     assert_near(train_all(two, graph), train_all(one, eager))
     assert indices_of_calls(two) == BY_VARIABLE
