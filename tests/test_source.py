@@ -25,7 +25,7 @@ by_module = pytest.mark.parametrize("module", SOURCES)
 # Who may name TensorFlow; what of this runs on other backends is in `plain`.
 TENSORFLOW = (
     "execution.tensorflow",
-    "execution.compiled",
+    "execution.sharing",
     "execution.xla_cpu",
 )
 

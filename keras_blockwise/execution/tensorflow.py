@@ -17,13 +17,13 @@ import tensorflow as tf
 
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.blocking.partition import Shape
-from keras_blockwise.execution.compiled import CompiledUpdate
-from keras_blockwise.execution.compiled import Handle
-from keras_blockwise.execution.compiled import compile_update
 from keras_blockwise.execution.hooks import KerasHooks
 from keras_blockwise.execution.hooks import Written
 from keras_blockwise.execution.hooks import scalars_of
 from keras_blockwise.execution.plain import PlainKernels
+from keras_blockwise.execution.sharing import CompiledUpdate
+from keras_blockwise.execution.sharing import Handle
+from keras_blockwise.execution.sharing import compile_update
 from keras_blockwise.execution.xla_cpu import XlaCpuKernels
 from keras_blockwise.state import saving
 

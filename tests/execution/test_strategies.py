@@ -171,10 +171,11 @@ def test_each_replica_calls_a_compiled_update():
             assert all(dim.size >= 0 for dim in argument.dim)
     # Nor is anything of the update left outside.
     plain = concrete_step(functools.partial(kb.BlockAdam, jit_compile=False))
-    assert count_assignments(graph) == count_assignments(plain)
     assert count_assignments(graph, functions.keys() - inside) == (
         count_assignments(plain) - 2 * 9
     )
+    # The replicas share one function.
+    assert len(inside) == 1
 
 
 def test_keras_has_no_compiled_update():

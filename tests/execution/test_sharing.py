@@ -11,7 +11,7 @@ from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import tensors
 from helpers.programs import compiled_functions
-from keras_blockwise.execution import compiled
+from keras_blockwise.execution import sharing
 
 pytestmark = pytest.mark.tensorflow
 GRADIENTS = tensors(make_gradients(1)[0])
@@ -19,8 +19,8 @@ GRADIENTS = tensors(make_gradients(1)[0])
 
 @pytest.fixture(autouse=True)
 def no_functions(monkeypatch):
-    monkeypatch.setattr(compiled, "IN_USE", weakref.WeakValueDictionary())
-    monkeypatch.setattr(compiled, "LAST", type(compiled.LAST)(maxlen=2))
+    monkeypatch.setattr(sharing, "IN_USE", weakref.WeakValueDictionary())
+    monkeypatch.setattr(sharing, "LAST", type(sharing.LAST)(maxlen=2))
 
 
 def stepped(seed=0, shapes=SHAPES, cls=kb.BAGM, learning_rate=0.1, **kwargs):
@@ -75,10 +75,10 @@ def test_a_function_holds_no_variable_and_no_optimizer():
 
 def test_functions_that_nobody_uses_are_freed():
     optimizers = [stepped(momentum=i / 8)[0] for i in range(1, 5)]
-    assert len(compiled.IN_USE) == 4
+    assert len(sharing.IN_USE) == 4
     del optimizers
     gc.collect()
-    assert len(compiled.IN_USE) == 2
+    assert len(sharing.IN_USE) == 2
 
 
 def test_graphs_that_differ_in_the_names_of_their_functions_are_equal():
@@ -92,7 +92,7 @@ def test_graphs_that_differ_in_the_names_of_their_functions_are_equal():
         def loop():
             return tf.while_loop(lambda i: i < 3, body, [0])
 
-        return compiled.graph_of(loop.get_concrete_function())
+        return sharing.graph_of(loop.get_concrete_function())
 
     assert graph("one") == graph("two")
-    assert "while" in graph("one")
+    assert "While" in graph("one")

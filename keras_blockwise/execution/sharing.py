@@ -103,14 +103,20 @@ def digest(text: str) -> bytes:
 
 
 def graph_of(function: Any) -> str:
-    """The graph of a function, in which functions are numbered from 0."""
+    """The graph of a function; those it calls are numbered as they occur."""
     definition = function.graph.as_graph_def()
-    names = {
-        inner.signature.name: f'"{i}"'
-        for i, inner in enumerate(definition.library.function)
-    }
-    return re.sub(
-        r'"([^"\n]*)"',
-        lambda match: names.get(match[1], match[0]),
-        str(definition),
-    )
+    library = {f.signature.name: f for f in definition.library.function}
+    numbers: dict[str, int] = {}
+    texts = [str(definition.node)]
+
+    def numbered(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in library:
+            return match[0]
+        if name not in numbers:
+            numbers[name] = len(numbers)
+            texts.append(str(library[name]))
+        return f'"{numbers[name]}"'
+
+    # The list grows while it is read.
+    return "".join(re.sub(r'"([^"\n]*)"', numbered, text) for text in texts)
