@@ -10,7 +10,7 @@ from helpers.arrays import assert_differ
 from helpers.cases import HIDDEN
 from helpers.cases import SCHEMES
 from helpers.cases import Case
-from helpers.cases import each_case
+from helpers.cases import every_case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
@@ -366,7 +366,7 @@ def test_schemes(case, scheme):
     check_truth(case, tiles_of(scheme), blocking=scheme)
 
 
-@each_case
+@every_case
 def test_cases(case):
     check_truth(case, MIXED, blocking=MIXED_BLOCKING)
 
@@ -375,7 +375,7 @@ def test_cases(case):
 @pytest.mark.parametrize(
     "wrap, jit_compile",
     [
-        pytest.param(eager, True, id="eager-jit"),
+        pytest.param(eager, True, id="eager-jit", marks=pytest.mark.slow),
         pytest.param(eager, False, id="eager-plain"),
         pytest.param(graph, True, id="graph-jit"),
         pytest.param(
@@ -384,7 +384,7 @@ def test_cases(case):
             ),
             True,
             id="jit_function-jit",
-            marks=pytest.mark.tensorflow,
+            marks=[pytest.mark.tensorflow, pytest.mark.slow],
         ),
     ],
 )
@@ -512,7 +512,9 @@ def test_missing_gradients_compiled():
     )
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @each_full_class
 def test_skip_nonfinite(case, jit_compile):
     """As if the steps with an infinity or a NaN had not been."""
