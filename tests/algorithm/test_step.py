@@ -360,7 +360,15 @@ MIXED_BLOCKING = kb.Blocking(
 
 @pytest.mark.filterwarnings("ignore:Names and shapes allow more than one")
 @pytest.mark.filterwarnings("ignore:The output layer is not known")
-@by_statistics
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(ONE_OF_EACH[0], id="BlockAdam"),
+        pytest.param(
+            ONE_OF_EACH[-1], id="BlockRMSprop", marks=pytest.mark.slow
+        ),
+    ],
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(case, scheme):
     check_truth(case, tiles_of(scheme), blocking=scheme)
@@ -377,7 +385,7 @@ def test_cases(case):
     [
         pytest.param(eager, True, id="eager-jit", marks=pytest.mark.slow),
         pytest.param(eager, False, id="eager-plain"),
-        pytest.param(graph, True, id="graph-jit"),
+        pytest.param(graph, True, id="graph-jit", marks=pytest.mark.slow),
         pytest.param(
             lambda optimizer: tf.function(
                 optimizer.apply, jit_compile=True, autograph=False

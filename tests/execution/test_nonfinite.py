@@ -43,6 +43,9 @@ ROWS = [
     Case(kb.BCOS),
     Case(kb.SPAM, {"blocking": "output_unit"}),
 ]
+# One of each kind of momentum.
+QUICK = [row for row in ROWS if row.cls in (kb.BlockAdam, kb.BAGM)]
+COMPILED = ("function", "replicas")
 # The last cannot be squared in float32, so the state could not hold it.
 BAD_VALUES = [np.nan, np.inf, -np.inf, 1e30]
 GOOD = make_gradients(3)
@@ -137,9 +140,8 @@ def test_every_optimizer_is_here():
 @pytest.mark.parametrize(
     "row, context, jit",
     marked(
-        *((row, "function", True) for row in ROWS),
         *((row, "eager", False) for row in ROWS),
-        *((row, "replicas", True) for row in ROWS),
+        *((row, mode, True) for row in QUICK for mode in COMPILED),
         (ROWS[0], "function", False),
         (ROWS[0], "eager", True),
         (ROWS[0], "replicas", False),
@@ -147,6 +149,22 @@ def test_every_optimizer_is_here():
     ids=lambda value: getattr(value, "id", value),
 )
 def test_leaves_no_trace(row, context, jit):
+    check_no_trace(row, context, jit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row, context",
+    marked(
+        *((row, mode) for row in ROWS if row not in QUICK for mode in COMPILED)
+    ),
+    ids=lambda value: getattr(value, "id", value),
+)
+def test_leaves_no_trace_compiled(row, context):
+    check_no_trace(row, context, True)
+
+
+def check_no_trace(row, context, jit):
     schedule = keras.optimizers.schedules.ExponentialDecay(0.125, 1, 0.5)
     kwargs = {"jit_compile": jit, "use_ema": True, "learning_rate": schedule}
     if context != "replicas":  # There, Keras cannot overwrite.

@@ -285,7 +285,13 @@ def dump_debug_info(tmp_path):
     tf.debugging.experimental.disable_dump_debug_info()
 
 
-@pytest.mark.parametrize("debugger", ["check_numerics", "dump_debug_info"])
+@pytest.mark.parametrize(
+    "debugger",
+    [
+        "check_numerics",
+        pytest.param("dump_debug_info", marks=pytest.mark.slow),
+    ],
+)
 def test_fit_under_a_debugger(debugger, request, monkeypatch):
     monkeypatch.setattr(execution, "PLAIN_STEPS", 2)
     expected = fitted(kb.BAGM(0.01, jit_compile=False))
@@ -525,6 +531,7 @@ def test_repeated_rows_are_added_before_they_are_squared():
     np.testing.assert_array_equal(np.ravel(velocity), [0.0, 9.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SPARSE_OPTIONS, ids="-".join)
 def test_sparse_gradients_on_replicas(options, strategy):
     # Keras itself accumulates gradients on replicas in eager steps only.

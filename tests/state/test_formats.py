@@ -13,8 +13,10 @@ import pytest
 import keras_blockwise as kb
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
+from helpers.cases import LAST_OF_CLASS
 from helpers.cases import each_class
 from helpers.cases import make_variables
+from helpers.cases import some_quick
 from helpers.saving import checkpoint_of
 from helpers.training import train_on_batch
 
@@ -159,7 +161,7 @@ def test_tf_checkpoint(tmp_path):
     assert_copies(tf_checkpoint, make(), tmp_path)
 
 
-@each_class
+@some_quick(LAST_OF_CLASS)
 def test_every_optimizer_as_h5(case, tmp_path):
     optimizer = case.make(name="optimizer", jit_compile=False)
     assert_copies(FORMATS["h5"], optimizer, tmp_path)

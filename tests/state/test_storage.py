@@ -128,7 +128,15 @@ def assert_alike(build):
 
 
 @each_case
-@pytest.mark.parametrize("blocking", ["layer", "output_unit", MIXED], ids=str)
+@pytest.mark.parametrize(
+    "blocking",
+    [
+        MIXED,
+        pytest.param("layer", marks=pytest.mark.slow),
+        pytest.param("output_unit", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_step_is_that_of_each_by_itself(assert_alike, case, blocking):
     assert_alike(2, case.make, blocking=blocking)
 
@@ -150,7 +158,7 @@ def test_compiled(build, case):
     assert_near(*results, 2e-6)
 
 
-@each_case
+@some_quick(CASES)
 def test_steps_on_some_of_the_variables(assert_alike, case, together):
     """In another order, and with one or none of those kept together."""
     orders = [[7, 2, 0], [1], list(range(8)), [3, 6, 5]]
@@ -235,7 +243,7 @@ def test_replicas_with_data_of_their_own(build, case):
         np.testing.assert_allclose(values[0], other, 2e-6, 2e-6)
 
 
-@each_case
+@some_quick(CASES)
 def test_a_saved_state_does_not_tell(build, case):
     """Each slot is saved by itself, so either loads what the other saved."""
     built = [

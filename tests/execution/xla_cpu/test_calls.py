@@ -50,7 +50,9 @@ def train_all(optimizer, wrap):
     return train(optimizer, make_variables(SHAPES), gradients, wrap, falling)
 
 
-@pytest.mark.parametrize("blocking", ["output_unit", "layer"])
+@pytest.mark.parametrize(
+    "blocking", ["output_unit", pytest.param("layer", marks=pytest.mark.slow)]
+)
 @some_quick(LAST_OF_CLASS)
 def test_two_calls_have_the_numbers_of_one(case, blocking):
     one, two = [
