@@ -421,6 +421,9 @@ def test_mixed_precision_in_fit(case, policy):
         model, twin = make_mlp(), make_mlp()
     # In a graph the layers round at other places than eagerly.
     tolerance = {"mixed_float16": 5e-3, "mixed_bfloat16": 5e-2}[policy]
+    if case.cls is kb.BlockMuon:
+        # It makes small singular values large, and what was rounded in them.
+        tolerance *= 4
     assert_fit_like_by_hand(case, model, twin, *make_data(), tolerance)
     assert {v.dtype for v in model.trainable_variables} == {"float32"}
     is_scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
