@@ -25,8 +25,9 @@ class KerasDocstrings(griffe.Extension):
     """Changes each docstring, and the signature, when it has been read."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        if isinstance(obj, griffe.Function) and "kwargs" in obj.parameters:
-            obj.parameters["kwargs"].default = None  # It is no `{}`.
+        for parameter in getattr(obj, "parameters", ()):
+            if parameter.kind is griffe.ParameterKind.var_keyword:
+                parameter.default = None  # It is no `{}`.
         if obj.docstring is None:
             return
         value = readable(obj.docstring.value)

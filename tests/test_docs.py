@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import textwrap
+from configparser import ConfigParser
 
 import pytest
 
@@ -10,6 +12,7 @@ from helpers import pages
 from helpers.cases import OPTIMIZERS
 from helpers.cases import SCHEMES
 from helpers.processes import ROOT
+from keras_blockwise.algorithm import step
 
 PUBLIC_HOSTS = {"arxiv.org", "jmlr.org"}
 WITH_README = [pages.README, *pages.PAGES]
@@ -86,6 +89,20 @@ def test_commands_exist(path):
             assert f'"{option}"' in source, (command, option)
 
 
+@each_page
+def test_extras_exist(path):
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for names in re.findall(r"'\.\[([\w,]+)\]'", pages.read(path)):
+        assert set(names.split(",")) <= set(setup["options.extras_require"])
+
+
+def test_the_step_is_that_of_the_code():
+    text = pages.read(pages.DOCS / "how-it-works.md")
+    formulas, _ = pages.code_blocks(text, "text")
+    assert textwrap.indent(formulas, "    ") in step.__doc__
+
+
 def test_the_tables_of_the_transformer_are_those_that_are_printed(capsys):
     example = runpy.run_path(ROOT / "examples" / "blocks.py")
     example["main"]()
@@ -112,8 +129,9 @@ def test_every_optimizer_has_a_row(cls):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_has_a_row(scheme):
     name = scheme.removesuffix("_short")  # That of an argument of `AdamMini`.
-    text = pages.read(pages.DOCS / "blocks.md")
-    assert f'\n| `"{name}"`' in text
+    for path in (pages.DOCS / "blocks.md", pages.README):
+        assert re.search(rf'^\| .*`"{name}"`.* \|', pages.read(path), re.M)
+    assert f'`"{name}"`' in kb.Blocking.__doc__
 
 
 def test_the_reference_has_every_public_name():

@@ -45,6 +45,8 @@ def test_docstrings_are_read():
     text = PAGES["reference"]
     assert "<strong>Example</strong>" in text
     assert "<blockquote>" not in text
+    # The default of `**kwargs`.
+    assert not re.search(r"default:.*\n.*<code>\{\}</code>", text)
     assert not re.search(r"<p>(Args|Raises|Returns|Example|Reference):", text)
 
 
