@@ -61,6 +61,7 @@ OPTIMIZERS = {
     # The steps of a constant gradient grow to ten times this.
     "BAGM": Setting(kb.BAGM, (1e-3, 3e-3, 1e-2), "output_unit"),
     "AdamMini": Setting(kb.AdamMini, ADAM_RATES, "adam_mini"),
+    "Adalayer": Setting(kb.Adalayer, ADAM_RATES, "adalayer"),
     "SPAM": Setting(kb.SPAM, ADAM_RATES, "coordinate"),
     "BCOS": Setting(kb.BCOS, ADAM_RATES, "coordinate"),
     "BlockRMSprop": Setting(kb.BlockRMSprop, (1e-3, 3e-3, 1e-2), "output_unit"),

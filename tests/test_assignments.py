@@ -17,6 +17,7 @@ from helpers.cases import tensors
 from helpers.training import built
 from helpers.training import train
 
+pytestmark = pytest.mark.filterwarnings("ignore:The output layer is not known")
 # Another value than the default of every argument.
 VALUES = {
     "beta_1": 0.5,
@@ -39,8 +40,14 @@ VALUES = {
     "reset_every": 200,
     "reset_warmup": 50,
     "reset_bias_correction": False,
+    "ns_steps": 3,
 }
-ONCE = {"skip_nonfinite": True, "value": "variable"}
+ONCE = {
+    "skip_nonfinite": True,
+    "value": "variable",
+    "output_layer": "dense",
+    "sgd_learning_rate": 0.5,
+}
 EVER = {
     "learning_rate": 0.5,
     "clipnorm": 0.125,

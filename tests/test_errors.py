@@ -24,6 +24,7 @@ from keras_blockwise.optimizer import BlockwiseOptimizer
 PACKAGE = Path(kb.__file__).parent
 # Whose errors have a test file of their own.
 ELSEWHERE = {
+    "callbacks.py": "test_callbacks.py",
     "checks.py": "state/test_checks.py",
     "config.py": "test_damaged_config.py",
     "convert.py": "state/test_convert.py",

@@ -47,7 +47,7 @@ class CompiledUpdate(NamedTuple):
     """A compiled function, and the variables of one optimizer.
 
     Args:
-        function: `(handles, arguments) -> ...`.
+        function: `(arguments, handles) -> ...`.
         handles: Those of the variables.
     """
 
@@ -55,7 +55,7 @@ class CompiledUpdate(NamedTuple):
     handles: list[Tensor]
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.function(self.handles, arguments)
+        return self.function(arguments, self.handles)
 
 
 def compile_update(
@@ -74,7 +74,7 @@ def compile_update(
         {id(v): v for v in leaves if isinstance(v, tf.Variable)}.values()
     )
 
-    def traced(handles: Sequence[Tensor], arguments: Sequence[Any]) -> Any:
+    def traced(arguments: Sequence[Any], handles: Sequence[Tensor]) -> Any:
         own = {
             id(v): Handle(handle, v.dtype, v.shape)
             for v, handle in zip(variables, handles)
@@ -85,7 +85,7 @@ def compile_update(
     handles = [variable.handle for variable in variables]
     specs = tf.nest.map_structure(
         lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype),
-        (handles, tuple(arguments)),
+        (tuple(arguments), handles),
     )
     with tf.init_scope():
         function = tf.function(traced, jit_compile=True, autograph=False)

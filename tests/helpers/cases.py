@@ -89,7 +89,19 @@ CASES = [
 ]
 # The row of each class with the most state.
 LAST_OF_CLASS = list({case.cls: case for case in CASES}.values())
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+# By default, the row of each class with the most state.
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=case.id,
+            marks=() if case in LAST_OF_CLASS else pytest.mark.slow,
+        )
+        for case in CASES
+    ],
+)
 each_class = pytest.mark.parametrize(
     "case", LAST_OF_CLASS, ids=lambda case: case.cls.__name__
 )
