@@ -135,11 +135,15 @@ class Blocking:
               scales: the whole vector.
             - `"filter"`: the spatial kernel of one (input, output) pair of a
               convolution; elsewhere as `"output_unit"`.
+            - `"head"`: one head of the query, key or value projection of an
+              attention layer; elsewhere as `"output_unit"`.
             - `"variable"`: the whole variable.
             - `"layer"`: all variables of one layer.
             - `"model"`: all variables.
             - `"none"`: nothing. The variable takes plain steps of the learning
               rate (its second moment is 1, without an epsilon).
+            - `"adam_mini"`, `"adalayer"`, `"adalayer_sgd"`: those of `AdamMini`
+              and of `Adalayer`.
             - a tuple: the shape of the block, `None` for a whole axis, which
               must fit every variable. `(None, 64)` cuts a matrix into strips
               of 64 columns.
