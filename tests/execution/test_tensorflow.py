@@ -13,6 +13,7 @@ from helpers.cases import LAST_OF_CLASS
 from helpers.cases import Case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
+from helpers.cases import marks_of
 from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.programs import compiled_functions
@@ -501,7 +502,7 @@ SPARSE_OPTIONS = [
 
 @pytest.mark.parametrize(
     "case, options",
-    [(case, {}) for case in CASES]
+    [pytest.param(case, {}, marks=marks_of(case)) for case in CASES]
     + [(Case(kb.BAGM), options) for options in SPARSE_OPTIONS[1:]],
     ids=lambda x: x.id if isinstance(x, Case) else "-".join(x),
 )
