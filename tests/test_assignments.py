@@ -123,7 +123,7 @@ def test_what_takes_effect_at_any_time(name, value):
     ends = []
     for assigned in (False, True):
         optimizer = kb.BlockAdam(**({} if assigned else {name: value}))
-        optimizer.build(make_variables())
+        optimizer.build(make_variables(SHAPES))
         if assigned:
             setattr(optimizer, name, value)
         ends.append(ends_of(optimizer))
