@@ -15,7 +15,6 @@ import pytest
 import tensorflow as tf
 
 import keras_blockwise as kb
-from helpers.cases import CASES
 from helpers.cases import LAST_OF_CLASS
 from helpers.cases import marks_of
 from helpers.processes import run_python
@@ -43,17 +42,14 @@ STRATEGIES = {
 
 
 def parameters():
-    """Which of the updates are compiled, and whether that takes long."""
-    for strategy, case in itertools.product(STRATEGIES, CASES):
-        name = f"{strategy}-{case.id}"
-        fast = strategy == "two replicas" and case in LAST_OF_CLASS
-        marks = marks_of(case) if fast else pytest.mark.slow
+    """Compiled with each strategy, and as it is with replicas."""
+    for strategy, case in itertools.product(STRATEGIES, LAST_OF_CLASS):
+        name, replicas = f"{strategy}-{case.id}", strategy == "two replicas"
+        marks = marks_of(case) if replicas else pytest.mark.slow
         yield pytest.param(strategy, case, True, id=name, marks=marks)
-        if strategy != "default":
-            last = case in LAST_OF_CLASS
-            slow = last if strategy == "two replicas" else not last
-            marks = pytest.mark.slow if slow else marks_of(case)
+        if replicas:
             name += "-not compiled"
+            marks = pytest.mark.slow
             yield pytest.param(strategy, case, False, id=name, marks=marks)
 
 
@@ -68,31 +64,25 @@ def test_equals_one_device(strategy, case, jit_compile):
 
 
 @functools.cache
-def four_replicas(which):
+def four_replicas():
     """Results of `workers.four_replicas`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.pickle")
-        run_python("-m", "workers.four_replicas", which, path)
+        run_python("-m", "workers.four_replicas", path)
         return pickle.loads(path.read_bytes())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LAST_OF_CLASS, ids=lambda case: case.id)
 def test_four_replicas(case):
-    check_one_device(four_replicas("fast")[case.id], case, 4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_four_replicas_compiled(case):
-    check_one_device(four_replicas("all")[case.id], case, 4)
+    check_one_device(four_replicas()[case.id], case, 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_on_four_replicas(option):
     expected = train_with_option(tf.distribute.get_strategy(), option)
-    assert_same_results(four_replicas("fast")[option], expected)
+    assert_same_results(four_replicas()[option], expected)
 
 
 @pytest.mark.parametrize("cls", [keras.optimizers.Adam, kb.BlockAdam])

@@ -337,7 +337,7 @@ def strategy():
     return two_replicas()
 
 
-@some_quick(CASES)
+@some_quick(LAST_OF_CLASS)
 def test_replicas_equal_one_device_on_the_sum(case, strategy):
     def make():
         return case.make(

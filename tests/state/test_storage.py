@@ -11,7 +11,6 @@ from helpers.arrays import assert_near
 from helpers.arrays import assert_same
 from helpers.arrays import refused
 from helpers.arrays import to_numpy
-from helpers.cases import CASES
 from helpers.cases import LAST_OF_CLASS
 from helpers.cases import each_case
 from helpers.cases import make_gradients
@@ -149,7 +148,7 @@ def test_any_number_together(assert_alike, together):
     assert_alike(together, kb.BlockAdam, amsgrad=True)
 
 
-@some_quick(CASES)
+@some_quick(LAST_OF_CLASS)
 def test_compiled(build, case):
     results = [
         step_in_order(build(number, case.make, jit_compile=True))
@@ -158,7 +157,7 @@ def test_compiled(build, case):
     assert_near(*results, 2e-6)
 
 
-@some_quick(CASES)
+@some_quick(LAST_OF_CLASS)
 def test_steps_on_some_of_the_variables(assert_alike, case, together):
     """In another order, and with one or none of those kept together."""
     orders = [[7, 2, 0], [1], list(range(8)), [3, 6, 5]]
@@ -243,7 +242,7 @@ def test_replicas_with_data_of_their_own(build, case):
         np.testing.assert_allclose(values[0], other, 2e-6, 2e-6)
 
 
-@some_quick(CASES)
+@some_quick(LAST_OF_CLASS)
 def test_a_saved_state_does_not_tell(build, case):
     """Each slot is saved by itself, so either loads what the other saved."""
     built = [

@@ -1,6 +1,6 @@
 """Trains on four replicas, in a process with four devices.
 
-    python -m workers.four_replicas fast|all PATH
+    python -m workers.four_replicas PATH
 
 pickles the results of optimizers and options, with TensorFlow's collectives.
 """
@@ -13,28 +13,23 @@ from pathlib import Path
 import tensorflow as tf
 
 from helpers import devices
-from helpers.cases import CASES
 from helpers.cases import LAST_OF_CLASS
 from helpers.strategies import OPTIONS
-from helpers.strategies import SCHEMES
 from helpers.strategies import train_schemes
 from helpers.strategies import train_with_option
 
 
-def main(which, path):
+def main(path):
     devices.set_up(4)
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(4)])
     results = {}
-    for case in LAST_OF_CLASS if which == "fast" else CASES:
-        # What is not compiled here is compiled for two replicas.
-        jit_compile = which == "all" or case is LAST_OF_CLASS[0]
-        make = functools.partial(case.make, jit_compile=jit_compile)
-        schemes = SCHEMES if which == "all" else ["output_unit", "layer"]
-        results[case.id] = train_schemes(strategy, make, schemes)
+    for case in LAST_OF_CLASS:
+        make = functools.partial(case.make, jit_compile=True)
+        results[case.id] = train_schemes(strategy, make)
     for option in OPTIONS:
         results[option] = train_with_option(strategy, option)
     path.write_bytes(pickle.dumps(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

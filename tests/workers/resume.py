@@ -205,13 +205,13 @@ DEFAULT = [
     Setting("BAGM", "backup", "replicas", "ema"),
 ]
 EVERY = {
-    *(Setting(o, format, "eager") for o in OPTIMIZERS for format in FORMATS),
+    *(Setting(o, "keras", "eager") for o in OPTIMIZERS),
     *(Setting(o, "weights", "xla") for o in OPTIMIZERS),
-    *(Setting(o, "weights", "replicas") for o in OPTIMIZERS),
+    *(Setting(o, "checkpoint", "replicas") for o in OPTIMIZERS),
     *(
         Setting("BlockAdam", format, "eager", option)
         for option in OPTIONS
-        for format in FORMATS
+        for format in ("weights", "backup")
     ),
     *(
         Setting("BlockAdam", "checkpoint", mode, option)
@@ -219,11 +219,6 @@ EVERY = {
         for mode in ("xla", "replicas")
         # Keras accumulates gradients on one device only.
         if (option, mode) != ("accumulation", "replicas")
-    ),
-    *(
-        Setting("BlockAdam", format, mode)
-        for format in FORMATS
-        for mode in ("xla", "replicas")
     ),
     *(
         Setting("BlockAdam", format, one, "plain", other)

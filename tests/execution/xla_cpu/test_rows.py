@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from helpers.arrays import assert_close
-from helpers.cases import CASES
+from helpers.cases import LAST_OF_CLASS
 from helpers.cases import SCHEMES
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
@@ -61,7 +61,7 @@ def is_cut(short_rows, cut_from):
 
 
 @pytest.mark.parametrize("blocking", ["variable", "coordinate"])
-@some_quick(CASES)
+@some_quick(LAST_OF_CLASS)
 def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
     def make(**kwargs):
         return case.make(weight_decay=0.1, blocking=blocking, **kwargs)
