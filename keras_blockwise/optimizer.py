@@ -10,6 +10,8 @@ import keras
 from keras import ops
 
 from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.algorithm.step_sizes import StepSizes
+from keras_blockwise.algorithm.step_sizes import step_sizes
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.blocking import Row
 from keras_blockwise.blocking.blocking import Tile
@@ -25,6 +27,7 @@ from keras_blockwise.validation import check_choice
 from keras_blockwise.validation import check_keras_numbers
 from keras_blockwise.validation import check_learning_rate
 
+Tensor = Any
 Variable = Any
 
 # Arguments that Keras reads in each step, and `jit_compile`, which we do.
@@ -358,6 +361,53 @@ def groups_of(optimizer: BlockwiseOptimizer) -> dict[str, list[Variable]]:
         if key is not None:
             groups[key].append(variable)
     return groups
+
+
+def rates_of(optimizer: BlockwiseOptimizer) -> tuple[Tensor, Tensor | None]:
+    """The learning rate of the last step, and the factor of each variable."""
+    state = optimizer.block_state
+    rate = float(ops.convert_to_numpy(optimizer.last_learning_rate))
+    factors = optimizer.planned_multipliers(state.variables, state.rows)
+    return ops.convert_to_tensor(rate, state.widest_dtype), (
+        None if None in factors else ops.convert_to_tensor(factors, "float32")
+    )
+
+
+def last_step_sizes(
+    optimizer: BlockwiseOptimizer,
+    learning_rate: Tensor,
+    multipliers: Tensor | None,
+) -> dict[int, StepSizes]:
+    """The step sizes of the last step, by the position of the variable.
+
+    Variables that are never updated have none.
+
+    Args:
+        optimizer: One that is built and has taken a step.
+        learning_rate: As `rates_of` returns it.
+        multipliers: The same.
+    """
+    state = optimizer.block_state
+    indices = updated_variables(optimizer)
+    found = step_sizes(
+        state.rule,
+        state.batch(indices, lambda index: 0.0),
+        lambda part: part.value(ops.convert_to_tensor),
+        learning_rate,
+        optimizer.iterations,
+        None if multipliers is None else ops.take(multipliers, indices),
+    )
+    return {indices[position]: own for position, own in found.items()}
+
+
+def updated_variables(optimizer: BlockwiseOptimizer) -> list[int]:
+    """The positions of the variables that a step updates."""
+    state = optimizer.block_state
+    return [
+        i
+        for i, partition in enumerate(state.partitions)
+        if partition is not None and i not in state.empty
+    ]
 
 
 def add_multipliers(

@@ -116,6 +116,14 @@ class KerasHooks(keras.optimizers.Optimizer):
             kinds["gradient_accumulator"] = self._accumulated_gradients
         return {id(v): kind for kind, own in kinds.items() for v in own}
 
+    @property
+    def last_learning_rate(self) -> Any:
+        """That of the last step, where a schedule says another for the next."""
+        rate, schedules = self._learning_rate, keras.optimizers.schedules
+        if isinstance(rate, schedules.LearningRateSchedule):
+            return rate(ops.convert_to_tensor(self._iterations) - 1)
+        return self.learning_rate
+
     def has_no_update(self, variable: Variable) -> bool:
         """Whether Keras assigns its gradient to the variable, as in float8."""
         return bool(self._overwrite_variable_with_gradient(variable))
