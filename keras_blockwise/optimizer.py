@@ -17,6 +17,7 @@ from keras_blockwise.blocking.blocking import Row
 from keras_blockwise.blocking.blocking import Tile
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.execution import Execution
+from keras_blockwise.execution.hooks import last_learning_rate
 from keras_blockwise.multipliers import Multipliers
 from keras_blockwise.state import saving
 from keras_blockwise.state.slots import ITEM_SIZES
@@ -366,7 +367,7 @@ def groups_of(optimizer: BlockwiseOptimizer) -> dict[str, list[Variable]]:
 def rates_of(optimizer: BlockwiseOptimizer) -> tuple[Tensor, Tensor | None]:
     """The learning rate of the last step, and the factor of each variable."""
     state = optimizer.block_state
-    rate = float(ops.convert_to_numpy(optimizer.last_learning_rate))
+    rate = float(ops.convert_to_numpy(last_learning_rate(optimizer)))
     factors = optimizer.planned_multipliers(state.variables, state.rows)
     return ops.convert_to_tensor(rate, state.widest_dtype), (
         None if None in factors else ops.convert_to_tensor(factors, "float32")

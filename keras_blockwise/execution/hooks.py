@@ -116,14 +116,6 @@ class KerasHooks(keras.optimizers.Optimizer):
             kinds["gradient_accumulator"] = self._accumulated_gradients
         return {id(v): kind for kind, own in kinds.items() for v in own}
 
-    @property
-    def last_learning_rate(self) -> Any:
-        """That of the last step, where a schedule says another for the next."""
-        rate, schedules = self._learning_rate, keras.optimizers.schedules
-        if isinstance(rate, schedules.LearningRateSchedule):
-            return rate(ops.convert_to_tensor(self._iterations) - 1)
-        return self.learning_rate
-
     def has_no_update(self, variable: Variable) -> bool:
         """Whether Keras assigns its gradient to the variable, as in float8."""
         return bool(self._overwrite_variable_with_gradient(variable))
@@ -303,6 +295,14 @@ def scalars_of(optimizer: KerasHooks, learning_rate: Tensor) -> list[Tensor]:
     if optimizer._multipliers is not None:
         scalars.append(ops.convert_to_tensor(optimizer._multipliers))
     return scalars
+
+
+def last_learning_rate(optimizer: KerasHooks) -> Tensor:
+    """That of the last step, where a schedule says another for the next."""
+    rate, schedules = optimizer._learning_rate, keras.optimizers.schedules
+    if isinstance(rate, schedules.LearningRateSchedule):
+        return rate(ops.convert_to_tensor(optimizer._iterations) - 1)
+    return optimizer.learning_rate
 
 
 def broadcast(gradient: Tensor, variable: Variable) -> Tensor:
