@@ -28,7 +28,6 @@ from keras_blockwise.validation import check_choice
 from keras_blockwise.validation import check_keras_numbers
 from keras_blockwise.validation import check_learning_rate
 
-Tensor = Any
 Variable = Any
 
 # Arguments that Keras reads in each step, and `jit_compile`, which we do.
@@ -364,39 +363,26 @@ def groups_of(optimizer: BlockwiseOptimizer) -> dict[str, list[Variable]]:
     return groups
 
 
-def rates_of(optimizer: BlockwiseOptimizer) -> tuple[Tensor, Tensor | None]:
-    """The learning rate of the last step, and the factor of each variable."""
-    state = optimizer.block_state
-    rate = float(ops.convert_to_numpy(last_learning_rate(optimizer)))
-    factors = optimizer.planned_multipliers(state.variables, state.rows)
-    return ops.convert_to_tensor(rate, state.widest_dtype), (
-        None if None in factors else ops.convert_to_tensor(factors, "float32")
-    )
-
-
-def last_step_sizes(
-    optimizer: BlockwiseOptimizer,
-    learning_rate: Tensor,
-    multipliers: Tensor | None,
-) -> dict[int, StepSizes]:
+def last_step_sizes(optimizer: BlockwiseOptimizer) -> dict[int, StepSizes]:
     """The step sizes of the last step, by the position of the variable.
 
     Variables that are never updated have none.
 
     Args:
         optimizer: One that is built and has taken a step.
-        learning_rate: As `rates_of` returns it.
-        multipliers: The same.
     """
     state = optimizer.block_state
     indices = updated_variables(optimizer)
+    multipliers = optimizer._multipliers
+    if multipliers is not None:
+        multipliers = ops.take(ops.convert_to_tensor(multipliers), indices)
     found = step_sizes(
         state.rule,
         state.batch(indices, lambda index: 0.0),
         lambda part: part.value(ops.convert_to_tensor),
-        learning_rate,
-        optimizer.iterations,
-        None if multipliers is None else ops.take(multipliers, indices),
+        ops.convert_to_tensor(last_learning_rate(optimizer)),
+        ops.convert_to_tensor(optimizer.iterations),
+        multipliers,
     )
     return {indices[position]: own for position, own in found.items()}
 

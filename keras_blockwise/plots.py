@@ -10,7 +10,6 @@ from keras import ops
 
 from keras_blockwise.optimizer import BlockwiseOptimizer
 from keras_blockwise.optimizer import last_step_sizes
-from keras_blockwise.optimizer import rates_of
 
 Figure = Any
 
@@ -76,7 +75,7 @@ def plot_blocks(optimizer: BlockwiseOptimizer) -> Figure:
             "`optimizer` must keep second moments, which its step sizes are "
             f"made of. Received: {own!r}, which keeps none."
         )
-    found = last_step_sizes(own, *rates_of(own))
+    found = last_step_sizes(own)
     pictures = []
     for i in sorted(found):
         values = ops.convert_to_numpy(found[i].values)

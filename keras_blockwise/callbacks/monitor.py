@@ -1,11 +1,11 @@
 """What the blocks of every variable do, while a model trains."""
 
+import functools
 import math
 import os
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -14,10 +14,9 @@ from keras import ops
 from keras_blockwise.callbacks.events import EventFile
 from keras_blockwise.callbacks.rates import optimizer_of
 from keras_blockwise.callbacks.rates import value_of
-from keras_blockwise.execution import compiled
+from keras_blockwise.execution import reading
 from keras_blockwise.optimizer import BlockwiseOptimizer
 from keras_blockwise.optimizer import last_step_sizes
-from keras_blockwise.optimizer import rates_of
 from keras_blockwise.optimizer import updated_variables
 from keras_blockwise.plots import QUANTILES
 from keras_blockwise.plots import draw_history
@@ -28,13 +27,6 @@ Variable = Any
 
 # Of more blocks than this, so many are looked at, drawn once with replacement.
 MOST_BLOCKS = 2**16
-
-
-class Before(NamedTuple):
-    """What a step starts from: a copy of the weights, and the count."""
-
-    weights: Sequence[Tensor]
-    iterations: int
 
 
 class BlockMonitor(keras.callbacks.Callback):
@@ -104,7 +96,8 @@ class BlockMonitor(keras.callbacks.Callback):
         self.history: dict[str, list[Any]] = {}
         self._events = None if log_dir is None else EventFile(log_dir)
         self._count = 0
-        self._before: Before | None = None
+        # The count of steps, and copies of the weights, before a step.
+        self._before: tuple[Tensor, Sequence[Tensor]] | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
@@ -116,33 +109,31 @@ class BlockMonitor(keras.callbacks.Callback):
             )
         self._steps = model.steps_per_execution
         self._before = None
-        self._measure: Callable[..., Any] | None = None
+        self._look: Look | None = None
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._count += self._steps
         due = self._count % self.every < self._steps
         if not due or self._before is not None:
             return
-        optimizer = optimizer_of(self.model)  # Under JAX, puts it in place.
-        if optimizer.built:  # Unless this is the first step.
-            weights = [ops.copy(value_of(v)) for v in weights_of(optimizer)]
-            self._before = Before(weights, count_of(optimizer))
+        model = self.model  # Under JAX, this puts its state in place.
+        optimizer = optimizer_of(model)
+        if not optimizer.built:  # This is the first step.
+            return
+        if self._look is None:
+            self._look = Look(optimizer, model.run_eagerly)
+        self._before = self._look.before()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if self._before is None:
+        if self._before is None or self._look is None:
             return
-        optimizer = optimizer_of(self.model)
-        if count_of(optimizer) == self._before.iterations:
+        _ = self.model  # Under JAX, this puts its state in place.
+        count, copies = self._before
+        new_count, *found = map(ops.convert_to_numpy, self._look.after(copies))
+        if new_count == ops.convert_to_numpy(count):
             return  # No step was taken.
-        before, self._before = self._before, None
-        if self._measure is None:
-            self._measure = measurement(optimizer)
-        values = [value_of(v) for v in involved(optimizer)]
-        sizes, norms = map(
-            ops.convert_to_numpy,
-            self._measure(values, before.weights, *rates_of(optimizer)),
-        )
-        self._note(optimizer, sizes, norms)
+        self._before = None
+        self._note(self._look, int(new_count), found)
 
     def on_train_end(self, logs: Any = None) -> None:
         self._before = None
@@ -169,26 +160,90 @@ class BlockMonitor(keras.callbacks.Callback):
             )
         return draw_history(self.history)
 
-    def _note(
-        self, optimizer: BlockwiseOptimizer, sizes: Any, norms: Any
-    ) -> None:
+    def _note(self, look: "Look", step: int, found: Any) -> None:
         """Adds a look to the history, and to the file of events."""
-        step = count_of(optimizer)
         self.history.setdefault("step", []).append(step)
-        start = 0
-        for name, row in zip(names_of(optimizer), norms):
-            number, share, change, norm = map(float, row)
-            own = sizes[start : start + int(number)]
-            start += int(number)
+        sizes, at_floor, *squares = found
+        starts = np.cumsum([0, *look.numbers])
+        shares = np.add.reduceat(at_floor, starts[:-1]) / look.numbers
+        norms = np.sqrt(squares).tolist()
+        for name, start, end, share, change, norm in zip(
+            look.names, starts, starts[1:], shares.tolist(), *norms
+        ):
+            size = sizes[start:end]
             entries = {
-                "step_size": quantiles(own),
+                "step_size": quantiles(size),
                 "update_ratio": ratio(change, norm),
                 "floor_share": share,
             }
             for kind, entry in entries.items():
                 self.history.setdefault(f"{kind}/{name}", []).append(entry)
             if self._events is not None:
-                self._events.add(step, name, entries, own)
+                self._events.add(step, name, entries, size)
+
+
+class Look:
+    """What is read before and after a step, by compiled functions.
+
+    `before()` returns how many steps have been taken, and copies of the
+    weights. `after(copies)` returns the count again; the step sizes of all
+    variables, in one vector, and whether each is at the floor; and for each
+    variable the squared norms of the change and of the weights before.
+
+    Args:
+        optimizer: A built optimizer.
+        run_eagerly: Whether to call the functions as they are.
+    """
+
+    def __init__(
+        self, optimizer: BlockwiseOptimizer, run_eagerly: bool
+    ) -> None:
+        self.optimizer = optimizer
+        self.updated = updated_variables(optimizer)
+        self.names = names_of(optimizer)
+        # How many step sizes are looked at, of each variable.
+        self.numbers: list[int] = []
+        self.dtype = optimizer.block_state.widest_dtype
+        weights = [optimizer.block_state.variables[i] for i in self.updated]
+        # All that is read; a compiler leaves out what is not used.
+        self.variables = [*weights, *optimizer.variables]
+        read = uncompiled if run_eagerly else reading
+        self.before: Callable[[], Any] = read(self._before, self.variables)
+        self.after: Callable[..., Any] = read(self._after, self.variables)
+
+    def _before(self, values: Sequence[Tensor]) -> Any:
+        copies = [ops.copy(value) for value in values[: len(self.updated)]]
+        return self._count(values), copies
+
+    def _count(self, values: Sequence[Tensor]) -> Tensor:
+        with keras.StatelessScope(list(zip(self.variables, values))):
+            return ops.copy(ops.convert_to_tensor(self.optimizer.iterations))
+
+    def _after(self, values: Sequence[Tensor], before: Sequence[Tensor]) -> Any:
+        with keras.StatelessScope(list(zip(self.variables, values))):
+            found = last_step_sizes(self.optimizer)
+        own = [found[i] for i in self.updated]
+        sizes = [sample(x.values) for x in own]
+        self.numbers = [size.shape[0] for size in sizes]
+        changes, norms = [], []
+        for old, new in zip(before, values):
+            old, new = ops.cast(old, self.dtype), ops.cast(new, self.dtype)
+            changes.append(ops.sum(ops.square(new - old)))
+            norms.append(ops.sum(ops.square(old)))
+        return (
+            self._count(values),
+            ops.concatenate(sizes),
+            ops.concatenate([sample(x.at_floor) for x in own]),
+            ops.stack(changes),
+            ops.stack(norms),
+        )
+
+
+def uncompiled(
+    function: Callable[..., Any], variables: Sequence[Variable]
+) -> Callable[..., Any]:
+    """What `reading` does, step by step."""
+    return lambda *others: function(list(map(value_of, variables)), *others)
 
 
 def names_of(optimizer: BlockwiseOptimizer) -> list[str]:
@@ -199,58 +254,6 @@ def names_of(optimizer: BlockwiseOptimizer) -> list[str]:
         path, number = paths[i], paths[:i].count(paths[i])
         names.append(f"{path} ({number + 1})" if number else path)
     return names
-
-
-def count_of(optimizer: BlockwiseOptimizer) -> int:
-    """How many steps it has taken."""
-    return int(ops.convert_to_numpy(optimizer.iterations))
-
-
-def weights_of(optimizer: BlockwiseOptimizer) -> list[Variable]:
-    variables = optimizer.block_state.variables
-    return [variables[i] for i in updated_variables(optimizer)]
-
-
-def involved(optimizer: BlockwiseOptimizer) -> list[Variable]:
-    """All that a measurement reads."""
-    return [*optimizer.variables, *weights_of(optimizer)]
-
-
-def measurement(optimizer: BlockwiseOptimizer) -> Any:
-    """Returns `measure(values, before, learning_rate, multipliers)`.
-
-    `values` are those of the variables that are `involved`. What it returns are
-    the step sizes of all variables in one vector, and a row for each variable:
-    how many they are, the share at the floor, and the norms of the change and
-    of the weights before.
-    """
-    variables = involved(optimizer)
-    weights = weights_of(optimizer)
-    dtype = optimizer.block_state.widest_dtype
-
-    def norm(x: Tensor) -> Tensor:
-        return ops.sqrt(ops.sum(ops.square(x)))
-
-    def measure(
-        values: Sequence[Tensor],
-        before: Sequence[Tensor],
-        learning_rate: Tensor,
-        multipliers: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        with keras.StatelessScope(list(zip(variables, values))):
-            found = last_step_sizes(optimizer, learning_rate, multipliers)
-        own = [found[i] for i in updated_variables(optimizer)]
-        sizes = [ops.cast(sample(x.values), dtype) for x in own]
-        rows = []
-        after = values[len(values) - len(weights) :]
-        for size, floor, old, new in zip(sizes, own, before, after):
-            old, new = ops.cast(old, dtype), ops.cast(new, dtype)
-            share = ops.cast(ops.mean(floor.at_floor), dtype)
-            number = ops.full_like(share, size.shape[0])
-            rows.append(ops.stack([number, share, norm(new - old), norm(old)]))
-        return ops.concatenate(sizes), ops.stack(rows)
-
-    return compiled(measure)
 
 
 def sample(x: Tensor) -> Tensor:
@@ -264,8 +267,15 @@ def sample(x: Tensor) -> Tensor:
 
 
 def quantiles(sizes: np.ndarray) -> tuple[float, ...]:
-    with np.errstate(invalid="ignore"):  # Between infinities.
-        return tuple(map(float, np.quantile(sizes, QUANTILES)))
+    """As `np.quantile`, which takes ten times as long for a few numbers."""
+    found = np.interp(QUANTILES, places(sizes.size), np.sort(sizes))
+    return tuple(found.tolist())
+
+
+@functools.cache
+def places(count: int) -> np.ndarray:
+    """Which quantiles some sorted numbers are."""
+    return np.linspace(0.0, 1.0, count)
 
 
 def ratio(change: float, norm: float) -> float:

@@ -12,7 +12,6 @@ from helpers.cases import make_variables
 from helpers.cases import tensors
 from keras_blockwise.execution.plain import PlainKernels
 from keras_blockwise.optimizer import last_step_sizes
-from keras_blockwise.optimizer import rates_of
 
 STEPS = 8
 SINGLE = {"blocking": "coordinate", "jit_compile": False}
@@ -35,7 +34,7 @@ def trained(optimizer, shapes, steps=STEPS, dtype="float32"):
 
 def found_in(optimizer):
     """Step sizes, and what is at the floor, by the position of the variable."""
-    found = last_step_sizes(optimizer, *rates_of(optimizer))
+    found = last_step_sizes(optimizer)
     convert = keras.ops.convert_to_numpy
     return (
         {i: convert(own.values) for i, own in found.items()},
