@@ -14,7 +14,7 @@ from helpers.models import mlp
 from helpers.models import product_data
 from helpers.models import state_of
 from helpers.tensorflow import tf
-from keras_blockwise import callbacks
+from keras_blockwise.callbacks import rates as callbacks
 
 L = keras.layers
 GROUPS = {".*hidden/.*": 1.0, ".*out/.*": 1.0}
