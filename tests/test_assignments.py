@@ -18,6 +18,7 @@ from helpers.training import built
 from helpers.training import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:The output layer is not known")
+SHAPES = {"dense/kernel": (4, 3)}
 # Another value than the default of every argument.
 VALUES = {
     "beta_1": 0.5,
@@ -76,7 +77,7 @@ def given(values):
 
 
 def ends_of(optimizer):
-    return train(optimizer, make_variables(), make_gradients(3))
+    return train(optimizer, make_variables(SHAPES), make_gradients(3, SHAPES))
 
 
 def test_every_argument_has_a_row():
@@ -122,7 +123,7 @@ def test_what_takes_effect_at_any_time(name, value):
     ends = []
     for assigned in (False, True):
         optimizer = kb.BlockAdam(**({} if assigned else {name: value}))
-        optimizer.build(make_variables())
+        optimizer.build(make_variables(SHAPES))
         if assigned:
             setattr(optimizer, name, value)
         ends.append(ends_of(optimizer))

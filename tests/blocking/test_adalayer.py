@@ -121,6 +121,9 @@ def test_only_code_knows_the_output_of_a_subclassed_model():
     assert (tiles["a/kernel"], tiles["b/kernel"]) == ((5, 1), (4, 3))
 
 
+@pytest.mark.skipif(
+    not hasattr(L, "ReversibleEmbedding"), reason="not in this Keras"
+)
 def test_a_tied_embedding_that_is_named():
     embedding = L.ReversibleEmbedding(7, 4, name="tied")
     x = keras.Input((5,))

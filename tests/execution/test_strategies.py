@@ -109,6 +109,7 @@ def test_accumulation_fails_as_in_keras(cls):
         step(tf.constant(tokens), tf.constant(targets))
 
 
+@pytest.mark.slow
 def test_fit_equals_one_device():
     """As users train: `fit`, in float32, where sums differ in the order."""
     expected = fit_on(tf.distribute.get_strategy())

@@ -325,6 +325,7 @@ def test_sixteen_small_ones_of_a_kind_are_one_variable():
 
 
 @pytest.mark.tensorflow
+@pytest.mark.slow
 def test_alike_programs_for_alike_variables():
     """XLA compiles once what is the same but for its arguments."""
     kernels = []

@@ -200,10 +200,9 @@ DEFAULT = [
     Setting("BCOS", "keras", "eager", "skip"),
     Setting("BlockMuon", "keras", "eager"),
     Setting("Adalayer", "keras", "eager"),
-    Setting("BAG", "weights", "xla"),
+    Setting("BAG", "weights", "eager"),
     Setting("AdamMini", "model_checkpoint", "eager", "mixed_float16"),
     Setting("BAGM", "backup", "replicas", "ema"),
-    Setting("BlockRMSprop", "checkpoint", "graph", "plain", "replicas"),
 ]
 EVERY = {
     *(Setting(o, format, "eager") for o in OPTIMIZERS for format in FORMATS),
