@@ -1,6 +1,7 @@
 """Pictures of step sizes: of all variables over time, and of their blocks."""
 
 import math
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -16,15 +17,15 @@ Figure = Any
 # Of the step sizes of a variable: what a history has of them.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Ratios of update to weights: below the first, float32 rounds the update off;
-# the others are two powers of ten around the usual one.
-DEAD, SLOW, USUAL, FAST = 2.0**-24, 1e-5, 1e-3, 1e-1
+# the scale of colours is two powers of ten around the usual one.
+DEAD, SLOW, FAST, FASTEST = 2.0**-24, 1e-5, 1e-2, 1e-1
 # Characters of a name, and pixels of a picture along an axis.
 LONGEST_NAME = 36
 MOST_PIXELS = 1024
 COLUMNS = 3
 NO_NUMBER = "0.8"  # A grey.
 # Cells with sharp edges, as wide as there is room.
-IMAGE = {"aspect": "auto", "interpolation": "nearest", "cmap": "viridis"}
+IMAGE = {"aspect": "auto", "interpolation": "nearest"}
 
 
 def plot_blocks(optimizer: BlockwiseOptimizer) -> Figure:
@@ -125,8 +126,15 @@ def draw_blocks(
     return figure
 
 
-def draw_history(history: Mapping[str, Sequence[Any]]) -> Figure:
-    """Draws what `BlockMonitor` has noted: variables over time."""
+def draw_history(
+    history: Mapping[str, Sequence[Any]], matrices: Collection[str]
+) -> Figure:
+    """Draws what `BlockMonitor` has noted: variables over time.
+
+    Args:
+        history: That of the monitor.
+        matrices: The names of the variables with two axes or more.
+    """
     mpl = matplotlib("plot")
     start = "update_ratio/"
     names = [key[len(start) :] for key in history if key.startswith(start)]
@@ -139,49 +147,43 @@ def draw_history(history: Mapping[str, Sequence[Any]]) -> Figure:
         figsize=(13, 0.2 * len(names) + 2.4), layout="constrained"
     )
     axes = figure.subplots(1, 3, sharey=True)
-    # Black is all below the scale, and 0 as well, which has no logarithm.
-    visible = np.clip(ratios, 1e-30, 1e30)
-    scale = mpl.colors.LogNorm(DEAD, USUAL**2 / DEAD)
+    # What is below the scale is black, and here that is what does not move.
+    visible = np.where(ratios < DEAD, DEAD, np.clip(ratios, SLOW, FASTEST))
+    blue_to_red = mpl.colormaps["coolwarm"].with_extremes(under="black")
+    scale, share = mpl.colors.LogNorm(SLOW, FASTEST), mpl.colors.Normalize(0, 1)
     for own, values, norm, label in (
-        (axes[0], visible, scale, "update / weights"),
+        (axes[0], visible, scale, "update / weights (black: 0)"),
         (axes[1], sizes, log_scale(sizes, mpl), "median step size"),
-        (axes[2], shares, mpl.colors.Normalize(0, 1), "blocks at the floor"),
+        (axes[2], shares, share, "blocks at the floor"),
     ):
-        image = own.imshow(values, norm=norm, **IMAGE)
-        if norm is scale:
-            blue_to_red = mpl.colormaps["coolwarm"]
-            image.set_cmap(blue_to_red.with_extremes(under="black"))
+        colours = blue_to_red if norm is scale else "viridis"
+        image = own.imshow(values, norm=norm, cmap=colours, **IMAGE)
         own.set_facecolor(NO_NUMBER)
         own.set_xlabel("step")
-        figure.colorbar(
-            image,
-            ax=own,
-            location="top",
-            label=label,
-            extend="min" if norm is scale else "neither",
-            aspect=30,
-        )
+        figure.colorbar(image, ax=own, location="top", label=label, aspect=30)
     steps = history["step"]
     ticks = np.unique(np.linspace(0, len(steps) - 1, 5, dtype=int))
     for own in axes:
         own.set_xticks(ticks, [f"{steps[i]:,}" for i in ticks])
     axes[0].set_yticks(range(len(names)), map(short, names), fontsize=8)
     marks = axes[2].secondary_yaxis("right")
-    marks.set_yticks(range(len(names)), map(mark, ratios), fontsize=8)
+    words = [mark(r, name in matrices) for name, r in zip(names, ratios)]
+    marks.set_yticks(range(len(names)), words, fontsize=8)
     marks.tick_params(length=0)
     return figure
 
 
-def mark(ratios: np.ndarray) -> str:
+def mark(ratios: np.ndarray, matrix: bool) -> str:
     """What is worth a look in the ratios of update to weights over time."""
     if not np.isfinite(ratios[-1]):
         return "not finite"
-    ratio = np.median(ratios[np.isfinite(ratios)])
-    if ratio < DEAD:
-        return "dead"
-    if ratio < SLOW:
-        return "slow"
-    return "too fast" if ratio > FAST else ""
+    known = ratios[np.isfinite(ratios)]
+    # Once a matrix is far too large, the ratio is small again; and a vector
+    # moves fast in any case where it begins at 0.
+    if matrix and known.max() > FAST:
+        return "too fast"
+    ratio = np.median(known)
+    return "dead" if ratio < DEAD else "slow" if ratio < SLOW else ""
 
 
 def log_scale(values: np.ndarray, mpl: Any) -> Any:

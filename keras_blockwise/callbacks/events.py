@@ -55,7 +55,7 @@ class EventFile:
 
         scalars = dict(entries)
         for q, value in zip(QUANTILES, scalars.pop("step_size")):
-            scalars[f"step_size_{q:.0%}".replace("%", "")] = value
+            scalars[f"step_size_{100 * q:.0f}"] = value
         summaries = [
             scalar_pb(f"{kind}/{name}", value)
             for kind, value in scalars.items()

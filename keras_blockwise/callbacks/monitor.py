@@ -1,6 +1,5 @@
 """What the blocks of every variable do, while a model trains."""
 
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from keras import ops
 
 from keras_blockwise.callbacks.events import EventFile
 from keras_blockwise.callbacks.rates import optimizer_of
-from keras_blockwise.callbacks.rates import value_of
 from keras_blockwise.execution import reading
 from keras_blockwise.optimizer import BlockwiseOptimizer
 from keras_blockwise.optimizer import last_step_sizes
@@ -23,7 +21,6 @@ from keras_blockwise.plots import draw_history
 from keras_blockwise.validation import check_integer
 
 Tensor = Any
-Variable = Any
 
 # Of more blocks than this, so many are looked at, drawn once with replacement.
 MOST_BLOCKS = 2**16
@@ -96,6 +93,7 @@ class BlockMonitor(keras.callbacks.Callback):
         self.history: dict[str, list[Any]] = {}
         self._events = None if log_dir is None else EventFile(log_dir)
         self._count = 0
+        self._matrices: set[str] = set()
         # The count of steps, and copies of the weights, before a step.
         self._before: tuple[Tensor, Sequence[Tensor]] | None = None
 
@@ -116,12 +114,12 @@ class BlockMonitor(keras.callbacks.Callback):
         due = self._count % self.every < self._steps
         if not due or self._before is not None:
             return
-        model = self.model  # Under JAX, this puts its state in place.
-        optimizer = optimizer_of(model)
+        # Under JAX, `self.model` puts its state in place.
+        optimizer = optimizer_of(self.model)
         if not optimizer.built:  # This is the first step.
             return
         if self._look is None:
-            self._look = Look(optimizer, model.run_eagerly)
+            self._look = Look(optimizer)
         self._before = self._look.before()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -149,20 +147,22 @@ class BlockMonitor(keras.callbacks.Callback):
             blue where it is small, in red where it is large, and in black
             where nothing moves; the median step size; and the share of blocks
             at the floor. Grey is no number above 0. A word after the row says
-            what a variable is whose median ratio is far from 1e-3: dead (below
-            6e-8, which float32 rounds off), slow (below 1e-5), too fast (above
-            1e-1); or that its last ratio is not finite.
+            what is worth a look: dead (the median ratio is below 6e-8, which
+            float32 rounds off), slow (below 1e-5), too fast (above 1e-2 at any
+            time; not of vectors, such as biases, which are fast where they
+            begin at 0), or not finite (the last ratio).
         """
         if not self.history:
             raise ValueError(
                 "`plot` must be called after a `fit` of `every` batches at the "
                 f"least. Received: nothing yet, with every={self.every}."
             )
-        return draw_history(self.history)
+        return draw_history(self.history, self._matrices)
 
     def _note(self, look: "Look", step: int, found: Any) -> None:
         """Adds a look to the history, and to the file of events."""
         self.history.setdefault("step", []).append(step)
+        self._matrices |= look.matrices
         sizes, at_floor, *squares = found
         starts = np.cumsum([0, *look.numbers])
         shares = np.add.reduceat(at_floor, starts[:-1]) / look.numbers
@@ -192,24 +192,23 @@ class Look:
 
     Args:
         optimizer: A built optimizer.
-        run_eagerly: Whether to call the functions as they are.
     """
 
-    def __init__(
-        self, optimizer: BlockwiseOptimizer, run_eagerly: bool
-    ) -> None:
+    def __init__(self, optimizer: BlockwiseOptimizer) -> None:
         self.optimizer = optimizer
         self.updated = updated_variables(optimizer)
         self.names = names_of(optimizer)
+        weights = [optimizer.block_state.variables[i] for i in self.updated]
+        self.matrices = {
+            name for name, v in zip(self.names, weights) if len(v.shape) > 1
+        }
         # How many step sizes are looked at, of each variable.
         self.numbers: list[int] = []
         self.dtype = optimizer.block_state.widest_dtype
-        weights = [optimizer.block_state.variables[i] for i in self.updated]
         # All that is read; a compiler leaves out what is not used.
         self.variables = [*weights, *optimizer.variables]
-        read = uncompiled if run_eagerly else reading
-        self.before: Callable[[], Any] = read(self._before, self.variables)
-        self.after: Callable[..., Any] = read(self._after, self.variables)
+        self.before: Callable[[], Any] = reading(self._before, self.variables)
+        self.after: Callable[..., Any] = reading(self._after, self.variables)
 
     def _before(self, values: Sequence[Tensor]) -> Any:
         copies = [ops.copy(value) for value in values[: len(self.updated)]]
@@ -239,13 +238,6 @@ class Look:
         )
 
 
-def uncompiled(
-    function: Callable[..., Any], variables: Sequence[Variable]
-) -> Callable[..., Any]:
-    """What `reading` does, step by step."""
-    return lambda *others: function(list(map(value_of, variables)), *others)
-
-
 def names_of(optimizer: BlockwiseOptimizer) -> list[str]:
     """The paths of the variables that are updated; a second one is marked."""
     names: list[str] = []
@@ -268,14 +260,9 @@ def sample(x: Tensor) -> Tensor:
 
 def quantiles(sizes: np.ndarray) -> tuple[float, ...]:
     """As `np.quantile`, which takes ten times as long for a few numbers."""
-    found = np.interp(QUANTILES, places(sizes.size), np.sort(sizes))
-    return tuple(found.tolist())
-
-
-@functools.cache
-def places(count: int) -> np.ndarray:
-    """Which quantiles some sorted numbers are."""
-    return np.linspace(0.0, 1.0, count)
+    count = sizes.size
+    ranks = np.multiply(QUANTILES, count - 1)
+    return tuple(np.interp(ranks, np.arange(count), np.sort(sizes)).tolist())
 
 
 def ratio(change: float, norm: float) -> float:
