@@ -96,7 +96,10 @@ def test_the_numbers_of_adam():
     assert 0 < np.mean(shares) < 1
 
 
-def test_training_stays_as_it_is():
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param("auto", marks=pytest.mark.slow)]
+)
+def test_training_stays_as_it_is(jit_compile):
     results = []
     for watched in (True, False):
         keras.utils.set_random_seed(0)
@@ -104,12 +107,16 @@ def test_training_stays_as_it_is():
             [
                 keras.Input((3,)),
                 L.Dense(4, activation="tanh", name="hidden"),
-                L.BatchNormalization(),
                 L.Dropout(0.5),
                 L.Dense(1, name="out"),
             ]
         )
-        optimizer = kb.BAGM(0.01, use_ema=True, ema_overwrite_frequency=4)
+        optimizer = kb.BAGM(
+            0.01,
+            use_ema=True,
+            ema_overwrite_frequency=4,
+            jit_compile=jit_compile,
+        )
         model.compile(optimizer, "mse", **QUICK)
         own = kb.BlockMonitor(every=1)
         history = fit(model, *[own] * watched, epochs=2)
@@ -143,7 +150,7 @@ def test_dead_blocks_and_a_frozen_variable():
 
 
 def test_a_step_that_is_not_taken_is_followed_by_the_next():
-    """One of accumulated gradients, or one that is left out."""
+    """One of those whose gradients are accumulated."""
     optimizer = kb.BlockAdam(
         0.01, gradient_accumulation_steps=3, jit_compile=False
     )
@@ -152,7 +159,12 @@ def test_a_step_that_is_not_taken_is_followed_by_the_next():
     history = numbers(own.history)
     assert history["step"] == [2, 3, 4]  # Of batches 4 to 6, 8, 9 and 12.
     assert all(x > 0 for x in history["update_ratio/hidden/kernel"])
-    model = compiled_mlp(kb.BlockAdam(0.01, skip_nonfinite=True))
+
+
+@pytest.mark.slow
+def test_a_step_that_is_left_out_is_followed_by_the_next():
+    optimizer = kb.BlockAdam(0.01, skip_nonfinite=True, jit_compile=False)
+    model = compiled_mlp(optimizer)
     own = kb.BlockMonitor(every=2)
     x, y = product_data(32)
     y[12:24] = np.nan  # Batches 2 and 3.
@@ -162,6 +174,7 @@ def test_a_step_that_is_not_taken_is_followed_by_the_next():
     assert np.isfinite(history["update_ratio/hidden/kernel"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="Takes one step at a time."
 )
@@ -190,6 +203,7 @@ def test_no_second_moments():
         kb.plot_blocks(model.optimizer)
 
 
+@pytest.mark.slow
 def test_a_loss_scale_optimizer_is_looked_into():
     inner = kb.BlockAdam(0.01, jit_compile=False)
     model = compiled_mlp(keras.optimizers.LossScaleOptimizer(inner, 8.0))
@@ -206,6 +220,11 @@ def test_of_many_blocks_some_are_looked_at(monkeypatch):
     assert set(found) != set(x[:5])
     found = to_numpy([monitors.sample(keras.ops.ones((5, 1)))])[0]
     assert found.shape == (5,)
+
+
+@pytest.mark.slow
+def test_quantiles_of_some_blocks(monkeypatch):
+    monkeypatch.setattr(monitors, "MOST_BLOCKS", 5)
     own = kb.BlockMonitor(every=4)
     blocking = {"blocking": "coordinate", "jit_compile": False}
     fit(compiled_mlp(kb.BlockAdam(0.01, **blocking)), own)
@@ -234,7 +253,7 @@ def test_replicas_have_the_history_of_one_device():
     for strategy in (two_replicas(), tf.distribute.get_strategy()):
         keras.utils.set_random_seed(0)
         with strategy.scope():
-            model = compiled_mlp(kb.BlockAdam(0.01))
+            model = compiled_mlp()
         own = kb.BlockMonitor(every=2)
         fit(model, own)
         histories.append(numbers(own.history))
