@@ -63,9 +63,9 @@ def main() -> None:
         verbose=2,
         callbacks=[monitor],
     )
-    monitor.plot().savefig(args.output, dpi=150)
+    monitor.plot().savefig(args.output, dpi=120)
     blocks = args.output.with_stem(f"{args.output.stem}_blocks")
-    kb.plot_blocks(optimizer).savefig(blocks, dpi=150)
+    kb.plot_blocks(optimizer).savefig(blocks, dpi=120)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def draw_blocks(
     columns = min(COLUMNS, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     figure = mpl.figure.Figure(
-        figsize=(3.6 * columns + 1.2, 1.5 * rows + 0.9), layout="constrained"
+        figsize=(2.9 * columns + 1.0, 1.3 * rows + 0.9), layout="constrained"
     )
     axes = figure.subplots(rows, columns, squeeze=False)
     pictures = [(title, positive(picture)) for title, picture in pictures]
@@ -144,7 +144,7 @@ def draw_history(
     )
     sizes = positive(sizes[:, :, QUANTILES.index(0.5)])
     figure = mpl.figure.Figure(
-        figsize=(13, 0.2 * len(names) + 2.4), layout="constrained"
+        figsize=(10, 0.2 * len(names) + 2), layout="constrained"
     )
     axes = figure.subplots(1, 3, sharey=True)
     # What is below the scale is black, and here that is what does not move.
@@ -165,10 +165,10 @@ def draw_history(
     ticks = np.unique(np.linspace(0, len(steps) - 1, 5, dtype=int))
     for own in axes:
         own.set_xticks(ticks, [f"{steps[i]:,}" for i in ticks])
-    axes[0].set_yticks(range(len(names)), map(short, names), fontsize=8)
+    axes[0].set_yticks(range(len(names)), map(short, names), fontsize=9)
     marks = axes[2].secondary_yaxis("right")
     words = [mark(r, name in matrices) for name, r in zip(names, ratios)]
-    marks.set_yticks(range(len(names)), words, fontsize=8)
+    marks.set_yticks(range(len(names)), words, fontsize=9)
     marks.tick_params(length=0)
     return figure
 

@@ -162,6 +162,20 @@ def test_a_step_that_is_not_taken_is_followed_by_the_next():
 
 
 @pytest.mark.slow
+def test_functions_are_made_once_for_each_optimizer():
+    own = kb.BlockMonitor(every=4)
+    model = compiled_mlp()
+    looks = []
+    for _ in range(2):
+        fit(model, own)
+        looks.append(own._look)
+    model.compile(kb.BAGM(0.01, jit_compile=False), "mse", **QUICK)
+    fit(model, own)
+    assert looks[0] is looks[1] is not own._look
+    assert own.history["step"] == [4, 8, 12, 4]
+
+
+@pytest.mark.slow
 def test_a_step_that_is_left_out_is_followed_by_the_next():
     optimizer = kb.BlockAdam(0.01, skip_nonfinite=True, jit_compile=False)
     model = compiled_mlp(optimizer)
@@ -341,12 +355,17 @@ def test_the_words_beside_the_rows():
     assert len(names) == 6 and max(map(len, names)) <= 37
 
 
-def test_no_step_size_has_a_colour():
+def test_the_colours_of_what_is_off_the_scale():
     pytest.importorskip("matplotlib")
-    figure = plots.draw_history(history_of([[1e-3]], step_size=np.nan), ())
-    figure.draw_without_rendering()
-    (image,) = figure.axes[1].get_images()
-    assert np.ma.getmaskarray(image.get_array()).all()
+    history = history_of([[0.0, 1e-7, 1e-5, 0.1, np.inf]], step_size=np.nan)
+    figure = plots.draw_history(history, ())
+    ratios, sizes, _ = (own.get_images()[0] for own in figure.axes[:3])
+    dead, slowest, slow, fast, fastest = map(
+        tuple, ratios.to_rgba(ratios.get_array())[0]
+    )
+    assert dead == (0, 0, 0, 1)
+    assert dead != slowest == slow != fast == fastest
+    assert np.ma.getmaskarray(sizes.get_array()).all()
 
 
 def test_pictures_are_written(tmp_path):
