@@ -226,14 +226,16 @@ class BlockwiseOptimizer(Execution):
         rows = [
             None if self.has_no_update(v) else next(resolved) for v in variables
         ]
+        are_matrices = [bool(by_matrix and r and r.matrices) for r in rows]
         slots = plan_slots(
             rule,
             [keras.backend.standardize_dtype(v.dtype) for v in variables],
             [row and row.partition for row in rows],
             self.momentum_dtype,
             [
-                (self.place_of(v), by_matrix and row and row.matrices and i)
-                for i, (v, row) in enumerate(zip(variables, rows))
+                # The state of a matrix is kept by itself.
+                (self.place_of(v), i if is_matrix else None)
+                for i, (v, is_matrix) in enumerate(zip(variables, are_matrices))
             ],
         )
         return rows, slots

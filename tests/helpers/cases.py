@@ -90,38 +90,33 @@ CASES = [
 # The row of each class with the most state.
 LAST_OF_CLASS = list({case.cls: case for case in CASES}.values())
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-# By default, the row of each class with the most state.
-each_case = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            id=case.id,
-            marks=() if case in LAST_OF_CLASS else pytest.mark.slow,
-        )
-        for case in CASES
-    ],
-)
 each_class = pytest.mark.parametrize(
     "case", LAST_OF_CLASS, ids=lambda case: case.cls.__name__
 )
 
 
-def marks_of(case):
+def is_quick(case):
     """Where a case takes seconds: one row of each kind of momentum is quick.
 
     The others differ from these in what the oracle tests compare.
     """
-    quick = case.cls in (kb.BlockAdam, kb.BAGM) and case in LAST_OF_CLASS
-    return () if quick else pytest.mark.slow
+    return case.cls in (kb.BlockAdam, kb.BAGM) and case in LAST_OF_CLASS
 
 
-def some_quick(cases):
-    """Cases of which most are slow."""
+def marks_of(case, is_quick=is_quick):
+    return () if is_quick(case) else pytest.mark.slow
+
+
+def some_quick(cases, is_quick=is_quick):
+    """Cases of which the others are slow."""
     return pytest.mark.parametrize(
         "case",
-        [pytest.param(c, id=c.id, marks=marks_of(c)) for c in cases],
+        [pytest.param(c, id=c.id, marks=marks_of(c, is_quick)) for c in cases],
     )
+
+
+# By default, the row of each class with the most state.
+each_case = some_quick(CASES, lambda case: case in LAST_OF_CLASS)
 
 
 OPTIMIZERS = [
