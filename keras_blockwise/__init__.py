@@ -3,7 +3,8 @@
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.layer_axes import register_layer_axes
 from keras_blockwise.blocking.partition import Partition
-from keras_blockwise.callbacks import HessianInformedRates
+from keras_blockwise.callbacks.monitor import BlockMonitor
+from keras_blockwise.callbacks.rates import HessianInformedRates
 from keras_blockwise.multipliers import layerwise_decay
 from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
@@ -15,6 +16,7 @@ from keras_blockwise.optimizers import BlockAdam
 from keras_blockwise.optimizers import BlockMuon
 from keras_blockwise.optimizers import BlockNadam
 from keras_blockwise.optimizers import BlockRMSprop
+from keras_blockwise.plots import plot_blocks
 from keras_blockwise.state.convert import convert_state
 from keras_blockwise.state.saving import all_or_nothing
 from keras_blockwise.summary import summary
@@ -28,6 +30,7 @@ __all__ = [
     "BAGM",
     "BCOS",
     "BlockAdam",
+    "BlockMonitor",
     "BlockMuon",
     "BlockNadam",
     "BlockRMSprop",
@@ -38,6 +41,7 @@ __all__ = [
     "all_or_nothing",
     "convert_state",
     "layerwise_decay",
+    "plot_blocks",
     "register_layer_axes",
     "summary",
 ]

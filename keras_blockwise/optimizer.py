@@ -10,11 +10,14 @@ import keras
 from keras import ops
 
 from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.algorithm.step_sizes import StepSizes
+from keras_blockwise.algorithm.step_sizes import step_sizes
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.blocking import Row
 from keras_blockwise.blocking.blocking import Tile
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.execution import Execution
+from keras_blockwise.execution.hooks import last_learning_rate
 from keras_blockwise.multipliers import Multipliers
 from keras_blockwise.state import saving
 from keras_blockwise.state.slots import ITEM_SIZES
@@ -360,6 +363,40 @@ def groups_of(optimizer: BlockwiseOptimizer) -> dict[str, list[Variable]]:
         if key is not None:
             groups[key].append(variable)
     return groups
+
+
+def last_step_sizes(optimizer: BlockwiseOptimizer) -> dict[int, StepSizes]:
+    """The step sizes of the last step, by the position of the variable.
+
+    Variables that are never updated have none.
+
+    Args:
+        optimizer: One that is built and has taken a step.
+    """
+    state = optimizer.block_state
+    indices = updated_variables(optimizer)
+    multipliers = optimizer._multipliers
+    if multipliers is not None:
+        multipliers = ops.take(ops.convert_to_tensor(multipliers), indices)
+    found = step_sizes(
+        state.rule,
+        state.batch(indices, lambda index: 0.0),
+        lambda part: part.value(ops.convert_to_tensor),
+        ops.convert_to_tensor(last_learning_rate(optimizer)),
+        ops.convert_to_tensor(optimizer.iterations),
+        multipliers,
+    )
+    return {indices[position]: own for position, own in found.items()}
+
+
+def updated_variables(optimizer: BlockwiseOptimizer) -> list[int]:
+    """The positions of the variables that a step updates."""
+    state = optimizer.block_state
+    return [
+        i
+        for i, partition in enumerate(state.partitions)
+        if partition is not None and i not in state.empty
+    ]
 
 
 def add_multipliers(

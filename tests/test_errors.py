@@ -24,11 +24,14 @@ from keras_blockwise.optimizer import BlockwiseOptimizer
 PACKAGE = Path(kb.__file__).parent
 # Whose errors have a test file of their own.
 ELSEWHERE = {
-    "callbacks.py": "test_callbacks.py",
     "checks.py": "state/test_checks.py",
     "config.py": "test_damaged_config.py",
     "convert.py": "state/test_convert.py",
+    "events.py": "test_monitor.py",
+    "monitor.py": "test_monitor.py",
     "multipliers.py": "test_multipliers.py",
+    "plots.py": "test_monitor.py",
+    "rates.py": "test_callbacks.py",
     "tensorflow.py": "state/test_loading.py",
 }
 SHAPES = {"q/kernel": (32, 30), "q/bias": (30,)}

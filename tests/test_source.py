@@ -154,11 +154,12 @@ IMPORTS = {
         *("multipliers", "state", "validation"),
     },
     "optimizers": {"algorithm", "blocking", "optimizer", "validation"},
-    "callbacks": {"execution", "optimizer", "validation"},
+    "plots": {"optimizer"},
+    "callbacks": {"execution", "optimizer", "plots", "validation"},
     "summary": {"blocking", "optimizer", "state"},
     "__init__": {
-        *("blocking", "callbacks", "multipliers"),
-        *("optimizers", "state", "summary"),
+        *("blocking", "callbacks", "multipliers", "optimizers"),
+        *("plots", "state", "summary"),
     },
 }
 

@@ -352,8 +352,12 @@ def block_step(
         return at.decay * old + at.weight * mean
 
     new, v = rule.second_moment.update(accumulate, means, statistics)
-    step_size = at.numerator / rule.root(v, at.root_correction)
-    return step_size, *at.if_taken(new, statistics)
+    return step_size_of(rule, at, v), *at.if_taken(new, statistics)
+
+
+def step_size_of(rule: Rule, at: Scalars, v: Tensor) -> Tensor:
+    """The step size of each block, by its second moment."""
+    return at.numerator / rule.root(v, at.root_correction)
 
 
 def entry_step(

@@ -12,19 +12,22 @@ if keras.backend.backend() == "tensorflow":
     from keras_blockwise.execution.tensorflow import TensorFlowOptimizer
     from keras_blockwise.execution.tensorflow import compiled
     from keras_blockwise.execution.tensorflow import number_of_replicas
+    from keras_blockwise.execution.tensorflow import reading
 
     Execution = TensorFlowOptimizer
 elif keras.backend.backend() == "torch":
     from keras_blockwise.execution.torch import TorchOptimizer
     from keras_blockwise.execution.torch import compiled
     from keras_blockwise.execution.torch import number_of_replicas
+    from keras_blockwise.execution.torch import reading
 
     Execution = TorchOptimizer
 else:
     from keras_blockwise.execution.jax import compiled
     from keras_blockwise.execution.jax import number_of_replicas
+    from keras_blockwise.execution.jax import reading
     from keras_blockwise.execution.plain import PlainOptimizer
 
     Execution = PlainOptimizer
 
-__all__ = ["Execution", "compiled", "number_of_replicas"]
+__all__ = ["Execution", "compiled", "number_of_replicas", "reading"]

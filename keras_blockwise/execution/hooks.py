@@ -297,6 +297,14 @@ def scalars_of(optimizer: KerasHooks, learning_rate: Tensor) -> list[Tensor]:
     return scalars
 
 
+def last_learning_rate(optimizer: KerasHooks) -> Tensor:
+    """That of the last step, where a schedule says another for the next."""
+    rate, schedules = optimizer._learning_rate, keras.optimizers.schedules
+    if isinstance(rate, schedules.LearningRateSchedule):
+        return rate(ops.convert_to_tensor(optimizer._iterations) - 1)
+    return optimizer.learning_rate
+
+
 def broadcast(gradient: Tensor, variable: Variable) -> Tensor:
     """A dense gradient in the shape of its variable.
 

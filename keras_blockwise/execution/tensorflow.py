@@ -467,6 +467,20 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return graph
 
 
+def reading(
+    function: Callable[..., Any], variables: Sequence[Variable]
+) -> Callable[..., Any]:
+    """The function, whose first argument is the values of variables.
+
+    A graph reads them faster than one after the other is read for it.
+    """
+    return compiled(
+        lambda *others: function(
+            [tf.convert_to_tensor(native(v)) for v in variables], *others
+        )
+    )
+
+
 def number_of_replicas(model: keras.Model) -> int:
     """How many copies of a model are trained together."""
     return int(model.distribute_strategy.num_replicas_in_sync)

@@ -281,6 +281,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return without_gradients
 
 
+def reading(
+    function: Callable[..., Any], variables: Sequence[Variable]
+) -> Callable[..., Any]:
+    """The function, whose first argument is the values of variables."""
+    plain = compiled(function)
+    return lambda *others: plain([v.value for v in variables], *others)
+
+
 def number_of_replicas(model: keras.Model) -> int:
     """How many copies of a model are trained together."""
     groups = torch.distributed.is_available()
