@@ -18,7 +18,7 @@ Figure = Any
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # Ratios of update to weights: below the first, float32 rounds the update off;
 # the scale of colours is two powers of ten around the usual one.
-DEAD, SLOW, FAST, FASTEST = 2.0**-24, 1e-5, 1e-2, 1e-1
+DEAD, SLOW, FAST, FASTEST = 2.0**-24, 1e-5, 3e-2, 1e-1
 # Characters of a name, and pixels of a picture along an axis.
 LONGEST_NAME = 36
 MOST_PIXELS = 1024
@@ -121,7 +121,8 @@ def draw_blocks(
         own.set_title(title, fontsize=8)
         own.set(xticks=[], yticks=[], facecolor=NO_NUMBER)
         image = own.imshow(picture, norm=norm, **IMAGE)
-    figure.colorbar(image, ax=axes, label="step size")
+    bar = figure.colorbar(image, ax=axes, label="step size")
+    bar.ax.tick_params(which="minor", labelright=False)
     figure.suptitle(f"{name} after {iterations:,} steps", fontsize=11)
     return figure
 
@@ -160,7 +161,10 @@ def draw_history(
         image = own.imshow(values, norm=norm, cmap=colours, **IMAGE)
         own.set_facecolor(NO_NUMBER)
         own.set_xlabel("step")
-        figure.colorbar(image, ax=own, location="top", label=label, aspect=30)
+        bar = figure.colorbar(
+            image, ax=own, location="top", label=label, aspect=30
+        )
+        bar.ax.tick_params(which="minor", labeltop=False)
     steps = history["step"]
     ticks = np.unique(np.linspace(0, len(steps) - 1, 5, dtype=int))
     for own in axes:
@@ -190,10 +194,9 @@ def log_scale(values: np.ndarray, mpl: Any) -> Any:
     """A scale of colours for the numbers above 0 that are finite."""
     known = values[np.isfinite(values)]
     least, most = (known.min(), known.max()) if known.size else (0.1, 1.0)
-    if most < 10 * least:  # Else there are too few ticks to read.
-        middle = math.sqrt(least * most)
-        least, most = middle / math.sqrt(10), middle * math.sqrt(10)
-    return mpl.colors.LogNorm(least, most)
+    # From one tick that has a number to another.
+    first, last = math.floor(math.log10(least)), math.ceil(math.log10(most))
+    return mpl.colors.LogNorm(10.0**first, 10.0 ** max(last, first + 1))
 
 
 def positive(values: np.ndarray) -> np.ndarray:

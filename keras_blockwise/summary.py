@@ -111,7 +111,8 @@ class Summary:
                     cells.append(the_only(rates))
                 cells.append(the_only({row.source for row in rows}))
                 table.add_row(*cells[: len(table.columns)])
-        console = Console(width=WIDTH)
+        # The same text everywhere: no colours, no cell of a notebook.
+        console = Console(width=WIDTH, color_system=None, force_jupyter=False)
         with console.capture() as capture:
             console.print(table)
         printed = [line.rstrip() for line in capture.get().splitlines()]

@@ -1,5 +1,6 @@
 """What is noted of the blocks while a model trains, and how it is drawn."""
 
+import math
 import sys
 
 import keras
@@ -341,12 +342,12 @@ def test_the_words_beside_the_rows():
                 [np.inf, 1e-6, 1e-6],
                 [1e-3, 1e-3, 0.0],
                 [0.02, 1e-3, 1e-3],
-                [0.02, 1e-3, 1e-3],
+                [0.04, 1e-3, 1e-3],
                 [1e-3, 1e-3, np.nan],
             ],
             name,
         ),
-        {f"{name}_{i}" for i in (0, 1, 2, 4)},
+        {f"{name}_{i}" for i in (0, 1, 2, 3, 4)},
     )
     texts = texts_of(figure)
     words = ["dead", "slow", "too fast", "not finite"]
@@ -366,6 +367,20 @@ def test_the_colours_of_what_is_off_the_scale():
     assert dead == (0, 0, 0, 1)
     assert dead != slowest == slow != fast == fastest
     assert np.ma.getmaskarray(sizes.get_array()).all()
+
+
+@pytest.mark.parametrize("sizes", [(0.06, 0.7), (0.2, 0.3), (1e-3, 4e2)])
+def test_colour_bars_have_numbers_at_their_ends(sizes):
+    pytest.importorskip("matplotlib")
+    history = history_of([[1e-3]] * 2)
+    for i, size in enumerate(sizes):
+        history[f"step_size/net/layer_{i}"] = [(size,) * 5]
+    bar = plots.draw_history(history, ()).axes[4]
+    first, last = math.floor(math.log10(sizes[0])), math.log10(sizes[1])
+    np.testing.assert_allclose(
+        bar.get_xlim(), (10.0**first, 10.0 ** math.ceil(last))
+    )
+    assert not any(tick.label2.get_visible() for tick in bar.xaxis.minorTicks)
 
 
 def test_pictures_are_written(tmp_path):

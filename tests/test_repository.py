@@ -181,5 +181,6 @@ def test_forms_of_issues():
 
 def test_every_example_is_listed():
     listed = (ROOT / "examples" / "README.md").read_text("utf-8")
-    names = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert set(re.findall(r"\]\((\w+\.py)\)", listed)) == names
+    programs = {".py", ".ipynb"}
+    names = {p.name for p in ROOT.glob("examples/*") if p.suffix in programs}
+    assert set(re.findall(r"\]\((\w+\.(?:py|ipynb))\)", listed)) == names

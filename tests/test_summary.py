@@ -1,8 +1,11 @@
 """`kb.summary`: what got which blocks, in rows that add up, and in a table."""
 
+import builtins
 import json
 import math
 import re
+import sys
+import types
 
 import keras
 import numpy as np
@@ -332,6 +335,27 @@ def test_table_says_what_shares():
     assert [row.num_blocks for row in report.rows] == [1, 0, 0, 0]
     assert "in 1 blocks" in "\n".join(lines_of(report))
     assert {row.group for row in report.rows} == {"/"}
+
+
+def test_text_is_the_same_in_terminals_and_notebooks(monkeypatch):
+    expected = str(summary_of(small()))
+    assert "\x1b" not in expected
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert str(summary_of(small())) == expected
+
+    class ZMQInteractiveShell:
+        """How `rich` knows a notebook."""
+
+    def display(*args):
+        pytest.fail("An output of its own in the cell.")
+
+    shown = types.SimpleNamespace(display=display)
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", shown)
+    monkeypatch.setattr(
+        builtins, "get_ipython", ZMQInteractiveShell, raising=False
+    )
+    assert str(summary_of(small())) == expected
 
 
 def test_rows_are_plain_data():

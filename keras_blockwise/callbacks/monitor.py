@@ -152,7 +152,7 @@ class BlockMonitor(keras.callbacks.Callback):
             where nothing moves; the median step size; and the share of blocks
             at the floor. Grey is no number above 0. A word after the row says
             what is worth a look: dead (the median ratio is below 6e-8, which
-            float32 rounds off), slow (below 1e-5), too fast (above 1e-2 at any
+            float32 rounds off), slow (below 1e-5), too fast (above 3e-2 at any
             time; not of vectors, such as biases, which are fast where they
             begin at 0), or not finite (the last ratio).
         """
