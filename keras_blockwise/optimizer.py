@@ -9,7 +9,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_blockwise.algorithm.matrix_moments import check_blocks
 from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.blocking.axes import path_of
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.blocking import Row
 from keras_blockwise.blocking.blocking import Tile
@@ -223,13 +225,15 @@ class BlockwiseOptimizer(Execution):
         rows = [
             None if self.has_no_update(v) else next(resolved) for v in variables
         ]
+        if rule.matrix_moments is not None:
+            rows = rows_alone(variables, rows)
         slots = plan_slots(
             rule,
             [keras.backend.standardize_dtype(v.dtype) for v in variables],
             [row and row.partition for row in rows],
             self.momentum_dtype,
             [
-                (self.place_of(v), by_matrix and row and row.matrices and i)
+                (self.place_of(v), has_matrices(rule, row) and i)
                 for i, (v, row) in enumerate(zip(variables, rows))
             ],
         )
@@ -345,6 +349,27 @@ def check_methods(cls: Any) -> None:
             "`hvd.DistributedGradientTape` or "
             "`tf.distribute.MultiWorkerMirroredStrategy`."
         )
+
+
+def has_matrices(rule: Rule, row: Row | None) -> bool:
+    """Whether a variable takes a step by matrices."""
+    if row is None:
+        return False
+    return rule.matrices_of(row.partition, row.matrices) is not None
+
+
+def rows_alone(
+    variables: Sequence[Variable], rows: Sequence[Row | None]
+) -> list[Row | None]:
+    """The blocks of each variable, none of them shared.
+
+    Raises:
+        ValueError: If a block is too large to have a matrix.
+    """
+    for variable, row in zip(variables, rows):
+        if row is not None:
+            check_blocks(path_of(variable), row.partition)
+    return [row and row.alone() for row in rows]
 
 
 def add_multipliers(

@@ -152,10 +152,14 @@ class Storage:
             i: row.partition for i, row in enumerate(rows) if row
         }
         self._matrices = {
-            i: row.matrices
+            i: matrices
             for i, row in enumerate(rows)
-            if rule.matrix_function and row and row.matrices
+            if row
+            and (matrices := rule.matrices_of(row.partition, row.matrices))
         }
+        self._turns = None
+        if rule.matrix_moments is not None:
+            self._turns = rule.matrix_moments.turns(len(self._matrices))
         # Where a variable has no entry, and nothing to update.
         self.empty = {i for i, p in self._partitions.items() if 0 in p.shape}
         self._keys = accumulator_keys(self.partitions)
@@ -166,7 +170,7 @@ class Storage:
 
     @property
     def has_matrices(self) -> list[bool]:
-        """Whether each variable takes the step of a matrix."""
+        """Whether each variable takes a step by matrices."""
         return [i in self._matrices for i in range(len(self.variables))]
 
     @property
@@ -293,7 +297,7 @@ class Storage:
     def _matrix_units(
         self, positions: dict[int, int], weight_decay: Callable[[int], float]
     ) -> list[MatrixWeights]:
-        """The variables at `positions` that are matrices, those alike together.
+        """The variables at `positions` with matrices, those alike together.
 
         Args:
             positions: Position of the gradient, by that of the variable.
@@ -307,6 +311,10 @@ class Storage:
 
         def parts(i: int, names: Iterable[str]) -> tuple[Part, ...]:
             return tuple(self._together(name, [i])[0][1] for name in names)
+
+        def turns(own: Sequence[int]) -> np.ndarray | None:
+            numbers = [list(self._matrices).index(i) for i in own]
+            return None if self._turns is None else self._turns[numbers]
 
         momentum = ["momentum"] * self.rule.momentum.has_state
         statistics = self.rule.second_moment.statistics
@@ -324,6 +332,7 @@ class Storage:
                     parts(i, [s for s in statistics if (s, i) in self._slots])
                     for i in own
                 ),
+                turns(own),
             )
             for (dtype, partition, matrices), own in alike.items()
         ]

@@ -38,6 +38,7 @@ ROWS = [
     Case(kb.BAG, {"blocking": "model"}),
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
     Case(kb.SPAM, {"blocking": "output_unit"}),
+    Case(kb.AdaBlock, {"bounds": (8.0, 0.125)}),
 ]
 # The last cannot be squared in float32, so the state could not hold it.
 BAD_VALUES = [np.nan, np.inf, -np.inf, 1e30]

@@ -85,6 +85,8 @@ CASES = [
     ),
     Case(kb.BCOS),
     Case(kb.SPAM, {"reset_every": 7, "reset_warmup": 3}),
+    Case(kb.AdaBlock, {}, Adam, {"epsilon": 1e-4}),
+    Case(kb.AdaBlock, {"bounds": (8.0, 0.125)}),
 ]
 # The row of each class with the most state.
 LAST_OF_CLASS = list({case.cls: case for case in CASES}.values())
@@ -126,6 +128,7 @@ SCHEMES = [
     "model",
     "adam_mini",
     "adam_mini_short",
+    "adablock",
     "none",
 ]
 

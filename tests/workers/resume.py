@@ -39,6 +39,7 @@ OPTIMIZERS = {
     "BAG": (kb.BAG, {"blocking": "model"}),
     "BlockRMSprop": (kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
     "BCOS": (kb.BCOS, {}),
+    "AdaBlock": (kb.AdaBlock, {"layers_per_step": 1, "seed": 1}),
     "SPAM": (kb.SPAM, {"reset_every": 4, "reset_warmup": 2}),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -195,6 +196,7 @@ DEFAULT = [
     Setting("SPAM", "backup", "eager", "ema"),
     Setting("BCOS", "keras", "xla", "skip"),
     Setting("BlockMuon", "keras", "graph"),
+    Setting("AdaBlock", "checkpoint", "graph"),
     Setting("BAG", "weights", "xla"),
     Setting("AdamMini", "model_checkpoint", "xla", "mixed_float16"),
     Setting("BAGM", "backup", "replicas", "ema"),
