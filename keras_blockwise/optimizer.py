@@ -233,7 +233,7 @@ class BlockwiseOptimizer(Execution):
             [row and row.partition for row in rows],
             self.momentum_dtype,
             [
-                (self.place_of(v), has_matrices(rule, row) and i)
+                (self.place_of(v), i if has_matrices(rule, row) else None)
                 for i, (v, row) in enumerate(zip(variables, rows))
             ],
         )

@@ -283,8 +283,8 @@ def check_truth(
     low = max(dtype, momentum_dtype or dtype, key=TOLERANCES.get)
     tolerance = TOLERANCES[low]
     if case.cls is kb.AdaBlock:  # The smaller an eigenvalue, the less exact.
-        exact = 1e-6 if jit_compile else 0.0
-        tolerance = max(tolerance, 1e-3 if dtype == "float32" else exact)
+        rough = jit_compile or dtype == "float32"
+        tolerance = max(tolerance, 1e-3 if rough else 0.0)
     for path, variable, weight in zip(tiles, variables, truth.weights):
         assert_stored(path, variable, weight, dtype, tolerance)
     assert int(optimizer.iterations) == truth.t

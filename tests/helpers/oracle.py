@@ -228,9 +228,9 @@ class AdaBlock(BlockAdam):
         **_,
     ):
         plain = super().update(lr, g, m, v, a, beta_1, beta_2, epsilon)
-        own = self.labels[self.k]
-        if (own == PLAIN).all():
+        if beta_2 == epsilon == 0.0:  # Without blocks.
             return plain
+        own = self.labels[self.k]
         m, change = plain[0], np.zeros_like(g)
         for label in np.unique(own):
             mine = own == label
