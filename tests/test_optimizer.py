@@ -322,6 +322,8 @@ def test_dtype_of_the_variables(case, dtype):
     weights, optimizer = make_weights(dtype), make(case)
     expected = moved(make(case), make_weights())
     tolerance = RESOLUTION[dtype]
+    if case.cls is kb.AdaBlock:  # Small eigenvalues have few digits.
+        tolerance = max(tolerance, 1e-4)
     assert_close(moved(optimizer, weights), expected, tolerance, tolerance)
     assert {weight.dtype for weight in weights} == {dtype}
     wide = "float64" if dtype == "float64" else "float32"

@@ -128,6 +128,8 @@ def assert_alike(build):
 @each_case
 @pytest.mark.parametrize("blocking", ["layer", "output_unit", MIXED], ids=str)
 def test_a_step_is_that_of_each_by_itself(assert_alike, case, blocking):
+    if case.cls is kb.AdaBlock and blocking == "layer":
+        blocking = "adablock"  # All matrices, of which none is kept together.
     assert_alike(2, case.make, blocking=blocking)
 
 
