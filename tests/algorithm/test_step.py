@@ -459,7 +459,7 @@ def test_tiles(case, path, tile):
         Case(kb.BAGM, {"accumulator": "polynomial", "nesterov": False}),
         Case(kb.BlockRMSprop, {"rho": 0.0, "epsilon": 0.5}),
         Case(kb.AdaBlock, {"beta_1": 0.0, "epsilon": 0.5}),
-        Case(kb.AdaBlock, {"beta_2": 0.5}),
+        Case(kb.AdaBlock, {"beta_2": 0.5, "epsilon": 0.5}),
         Case(kb.BCOS, {"momentum": 0.0}),
         Case(kb.BCOS, {"momentum": 0.5, "epsilon": 0.5}),
         Case(kb.BlockMuon, {"beta_2": 0.0, "epsilon": 0.5, **HIDDEN}),

@@ -121,7 +121,7 @@ def main() -> None:
         if name in WEIGHTS:
             model.save_weights(FOLDER / f"{name}.weights.h5")
         expected[name] = {"state": describe(model), "losses": train(model, 4)}
-    text = json.dumps(expected, indent=1)
+    text = json.dumps(expected, indent=0)
     (FOLDER / "expected.json").write_text(text + "\n")
 
 
