@@ -58,8 +58,8 @@ class MatrixMoments(NamedTuple):
             return None
         # Its numbers are those of any version of NumPy.
         numbers = np.random.RandomState(self.seed).random_sample((ROUND, count))
-        drawn: np.ndarray = np.argsort(numbers, axis=1) < self.layers_per_step
-        return drawn.T
+        drawn: np.ndarray = np.argsort(numbers.T, axis=0)
+        return drawn < self.layers_per_step
 
 
 def columns_of(partition: Partition) -> Matrices | None:
