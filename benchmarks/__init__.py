@@ -1,4 +1,4 @@
-"""Speed and memory of the optimizers, each beside its peers in one run."""
+"""Speed, memory and quality of the optimizers, each beside its peers."""
 
 import contextlib
 import os

@@ -16,10 +16,12 @@ class Contestant(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        return self.name.startswith(OURS)
+        return self.name.startswith((*OURS, MUON_OF_OURS))
 
 
-OURS = ("BlockAdam", "BAGM", "BlockMuon")
+OURS = ("BlockAdam", "BAGM")
+# Beside Keras's Muon alone.
+MUON_OF_OURS = "BlockMuon"
 ADAM = "Keras Adam"
 MUON = "Keras Muon"
 ADAMW = "PyTorch AdamW, fused"

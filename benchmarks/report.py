@@ -25,6 +25,8 @@ PACKAGES = (
     "optax",
     "torch",
     "adam-mini",
+    "mnist1d",
+    "scikit-learn",
     "keras-blockwise",
 )
 # Ours, and all others.
@@ -32,6 +34,8 @@ OUR_COLOR, OTHER_COLOR = "tab:blue", "tab:gray"
 
 # Value, text and whether it is ours, by name.
 Bars = dict[str, tuple[float, str, bool]]
+# Value, standard error and whether it is ours, by name.
+Dots = dict[str, tuple[float, float | None, bool]]
 
 console = Console(width=100)
 
@@ -167,6 +171,17 @@ def save(
     """Shows the goals, and writes all that was measured to a JSON file."""
     if verdicts:
         console.print(goals_table(verdicts))
+    write(path, args, results, verdicts)
+    console.print(f"All results: {path}, chart: {path.with_suffix('.png')}")
+
+
+def write(
+    path: Path,
+    args: argparse.Namespace,
+    results: Any,
+    verdicts: Sequence[Verdict] = (),
+) -> None:
+    """Writes a JSON file, which is the one before until all is written."""
     arguments = {
         name: value for name, value in vars(args).items() if name != "output"
     }
@@ -177,8 +192,9 @@ def save(
         "goals": as_data(verdicts),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
-    console.print(f"All times: {path}, chart: {path.with_suffix('.png')}")
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(data, indent=1) + "\n")
+    new.replace(path)
 
 
 def draw_bars(
@@ -214,6 +230,38 @@ def draw_bars(
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     subplots[-1, 0].set_xlabel(label)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def draw_dots(
+    path: Path, title: str, panels: Mapping[tuple[str, str], Dots]
+) -> None:
+    """Writes dots with error bars, in panels side by side.
+
+    Args:
+        path: The image file.
+        title: What stands above it.
+        panels: Dots by what stands above them and what they measure.
+    """
+    from matplotlib.figure import Figure
+
+    most = max(len(dots) for dots in panels.values())
+    figure = Figure(
+        (0.5 + 4.5 * len(panels), 1.5 + 0.28 * most), layout="constrained"
+    )
+    subplots = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, ((name, label), dots) in zip(subplots, panels.items()):
+        for optimizer, (value, error, ours) in dots.items():
+            color = OUR_COLOR if ours else OTHER_COLOR
+            axes.errorbar(
+                value, optimizer, xerr=error, fmt="o", color=color, capsize=3
+            )
+        axes.set_title(name, loc="left")
+        axes.set_xlabel(label)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 

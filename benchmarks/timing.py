@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from typing import TypeVar
 
+import numpy as np
 from rich.progress import BarColumn
 from rich.progress import MofNCompleteColumn
 from rich.progress import Progress
@@ -115,8 +116,8 @@ def spread(values: list[float]) -> str:
     return f"{(third - first) / 2 / middle:.0%}"
 
 
-class Ratio(NamedTuple):
-    """A mean of ratios, and its standard error: `None` if there was but one."""
+class Estimate(NamedTuple):
+    """A mean, and its standard error: `None` if there was but one value."""
 
     mean: float
     error: float | None
@@ -127,10 +128,14 @@ class Ratio(NamedTuple):
         return f"{self.mean:.3f} ± {self.error:.3f}"
 
 
-def ratio(values: Sequence[float], divisors: Sequence[float]) -> Ratio:
-    """What each value is of its divisor, in the mean."""
-    ratios = [x / y for x, y in zip(values, divisors, strict=True)]
+def estimate(values: Sequence[float]) -> Estimate:
     error = None
-    if len(ratios) > 1:
-        error = statistics.stdev(ratios) / math.sqrt(len(ratios))
-    return Ratio(statistics.mean(ratios), error)
+    if len(values) > 1:
+        # `statistics.stdev` takes no NaN.
+        error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Estimate(statistics.fmean(values), error)
+
+
+def ratio(values: Sequence[float], divisors: Sequence[float]) -> Estimate:
+    """What each value is of its divisor, in the mean."""
+    return estimate([x / y for x, y in zip(values, divisors, strict=True)])

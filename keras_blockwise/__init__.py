@@ -3,12 +3,14 @@
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.layer_axes import register_layer_axes
 from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.callbacks import HessianInformedRates
 from keras_blockwise.multipliers import layerwise_decay
 from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
 from keras_blockwise.optimizers import BCOS
 from keras_blockwise.optimizers import SPAM
 from keras_blockwise.optimizers import AdaBlock
+from keras_blockwise.optimizers import Adalayer
 from keras_blockwise.optimizers import AdamMini
 from keras_blockwise.optimizers import BlockAdam
 from keras_blockwise.optimizers import BlockMuon
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaBlock",
+    "Adalayer",
     "AdamMini",
     "BAG",
     "BAGM",
@@ -31,6 +34,7 @@ __all__ = [
     "BlockNadam",
     "BlockRMSprop",
     "Blocking",
+    "HessianInformedRates",
     "Partition",
     "SPAM",
     "all_or_nothing",

@@ -43,7 +43,7 @@ SETTABLE = {
     "name",
 }
 # Arguments of which the constructor makes something.
-USED_AT_ONCE = {"skip_nonfinite", "value"}
+USED_AT_ONCE = {"output_layer", "sgd_learning_rate", "skip_nonfinite", "value"}
 NOT_SETTABLE = (
     "`learning_rate_multipliers` must be a mapping, and can be set on a built "
     "optimizer if its constructor was given one, such as `{{}}`. Received: "
@@ -370,6 +370,19 @@ def rows_alone(
         if row is not None:
             check_blocks(path_of(variable), row.partition)
     return [row and row.alone() for row in rows]
+
+
+def groups_of(optimizer: BlockwiseOptimizer) -> dict[str, list[Variable]]:
+    """The variables of each key of the `learning_rate_multipliers`, if built.
+
+    A variable belongs to one key at most.
+    """
+    given = optimizer._given or Multipliers({})
+    groups: dict[str, list[Variable]] = {key: [] for key in given.factors}
+    for key, variable in zip(given.keys or (), optimizer.block_state.variables):
+        if key is not None:
+            groups[key].append(variable)
+    return groups
 
 
 def add_multipliers(

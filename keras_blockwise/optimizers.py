@@ -22,6 +22,7 @@ from keras_blockwise.validation import check_fraction
 from keras_blockwise.validation import check_integer
 from keras_blockwise.validation import check_non_negative
 from keras_blockwise.validation import check_positive_pair
+from keras_blockwise.validation import check_relative_rate
 
 
 @keras.saving.register_keras_serializable("keras_blockwise")
@@ -187,7 +188,7 @@ class AdamMini(BlockAdam):
       the authors' package adam-mini 1.1.1
     """
 
-    undecayed_kinds = ("bias", "norm")
+    undecayed_kinds = ("bias", "norm", "shift")
 
     def __init__(
         self,
@@ -226,6 +227,131 @@ class AdamMini(BlockAdam):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "value": self.value}
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class Adalayer(BlockAdam):
+    """Adam with one second moment per layer, and per unit of the output layer.
+
+    With `s_b` the mean of the squared gradient over block b, and t = 1, 2, ...:
+
+        m <- beta_1 * m + (1 - beta_1) * g                    per weight
+        v <- beta_2 * v + (1 - beta_2) * s_b                  per block
+        w <- w - learning_rate * m / (1 - beta_1^t)
+               / (sqrt(v / (1 - beta_2^t)) + epsilon)
+
+    A block is an output unit in the output layer, and elsewhere a variable.
+
+    With a `sgd_learning_rate` it is SGD+Adalayer: only the output layer and the
+    normalizations adapt. All other variables have no second moment and take
+    steps of SGD with momentum, at a rate of their own:
+
+        w <- w - sgd_learning_rate * m / (1 - beta_1^t)
+
+    The two rates keep their ratio: whatever changes `learning_rate`, such as a
+    schedule or a callback, changes both. Weight decay, too, is multiplied by
+    the rate of its variable.
+
+    The output layer is found by the layers, or named by `output_layer`:
+
+    ```python
+    blocking = kb.Blocking.from_model(model, "adalayer")
+    model.compile(optimizer=kb.Adalayer(1e-3, blocking=blocking))
+    ```
+
+    Args:
+        learning_rate: A float, a
+            `keras.optimizers.schedules.LearningRateSchedule`, or a callable
+            without arguments that returns the value to use. Defaults to
+            `0.001`.
+        beta_1: Decay rate of the momentum, in [0, 1). Defaults to `0.9`.
+        beta_2: Decay rate of the second moment, in [0, 1). Defaults to
+            `0.999`.
+        epsilon: Small number that keeps the division finite, added to the
+            root of the second moment after its bias correction. Defaults to
+            `1e-8`.
+        sgd_learning_rate: Learning rate of the variables that do not adapt,
+            >= 0, where `learning_rate` is the number that was given, or the
+            largest that a schedule of Keras starts from (after its warm-up).
+            With another schedule or a callable: a pair of it and of the
+            learning rate that it stands beside. Defaults to `None`: all
+            variables adapt.
+        blocking: As in `BlockAdam`, for other blocks than Adalayer's. Defaults
+            to `"adalayer"`.
+        output_layer: Path of the output layer or of a variable of it, or a
+            regular expression that matches one. Defaults to `None`: the layer
+            that makes the output of the model given to `Blocking.from_model`,
+            or else the last one, with a warning. An embedding that makes the
+            output has to be named.
+        momentum_dtype: As in `BlockAdam`.
+        jit_compile: As in `BlockAdam`.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range, or
+            `sgd_learning_rate` is given with other blocks; in `build`, if
+            `output_layer` matches no variable.
+
+    Example:
+
+    >>> optimizer = Adalayer(learning_rate=3e-3, sgd_learning_rate=0.3)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Zhao et al., 2024](https://arxiv.org/abs/2407.07972), and the authors'
+      code
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        sgd_learning_rate: float | Sequence[float] | None = None,
+        blocking: str | Tile | Blocking = "adalayer",
+        output_layer: str | None = None,
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            beta_1=beta_1,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            blocking=blocking,
+            momentum_dtype=momentum_dtype,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        self.sgd_learning_rate = check_relative_rate(
+            "sgd_learning_rate", sgd_learning_rate, learning_rate
+        )
+        self.output_layer = output_layer
+        changes: dict[str, Any] = {"output_layer": output_layer}
+        if sgd_learning_rate is not None:
+            check_choice(
+                "blocking", self.blocking.scheme, ("adalayer", "adalayer_sgd")
+            )
+            changes["scheme"] = "adalayer_sgd"
+        self.blocking = self.blocking.changed(**changes)
+
+    def rule(self) -> Rule:
+        return replace(
+            super().rule(),
+            root=second_moments.epsilon_corrected(self.epsilon),
+            plain_rate=self.sgd_learning_rate,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "sgd_learning_rate": self.sgd_learning_rate,
+            "output_layer": self.output_layer,
+        }
 
 
 @keras.saving.register_keras_serializable("keras_blockwise")

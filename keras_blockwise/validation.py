@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 KERAS_NUMBERS = {
@@ -34,6 +35,45 @@ def check_learning_rate(learning_rate: Any) -> Any:
         "`learning_rate` must be a number >= 0, a `LearningRateSchedule` or a "
         f"callable. Received: learning_rate={learning_rate!r}."
     )
+
+
+def check_relative_rate(
+    name: str, rate: Any, learning_rate: Any
+) -> list[float] | None:
+    """A rate, and the learning rate that it stands beside.
+
+    Args:
+        name: Of the argument, for the errors.
+        rate: What a user has given: a number, such a pair, or `None`.
+        learning_rate: Where only a number is given, what it stands beside: a
+            number, or the largest one that a schedule says it starts from.
+    """
+    if rate is None:
+        return None
+    is_pair = isinstance(rate, list | tuple) and len(rate) == 2
+    pair: Any = rate if is_pair else (rate, start_of(learning_rate))
+    valid = all(is_number(number) and 0 <= number < math.inf for number in pair)
+    if not valid or not pair[1]:
+        raise ValueError(
+            f"`{name}` must be a number >= 0 beside a `learning_rate` that is "
+            "a number > 0 or a schedule of Keras, or else a pair: it, and the "
+            "learning rate > 0 that it stands beside. Received: "
+            f"{name}={rate!r}. The `learning_rate` is {learning_rate!r}."
+        )
+    return [float(number) for number in pair]
+
+
+def start_of(learning_rate: Any) -> Any:
+    """A learning rate, or where a schedule is between warm-up and decay."""
+    if is_number(learning_rate):
+        return learning_rate
+    names = ("initial_learning_rate", "warmup_target")
+    values: list[Any] = [getattr(learning_rate, name, None) for name in names]
+    if isinstance(
+        learning_rate, keras.optimizers.schedules.PiecewiseConstantDecay
+    ):
+        values += learning_rate.values
+    return max(filter(is_number, values), default=None)
 
 
 def check_fraction(name: str, value: Any) -> float:

@@ -17,6 +17,8 @@ from helpers.cases import tensors
 from helpers.training import built
 from helpers.training import train
 
+pytestmark = pytest.mark.filterwarnings("ignore:The output layer is not known")
+SHAPES = {"dense/kernel": (4, 3)}
 # Another value than the default of every argument.
 VALUES = {
     "beta_1": 0.5,
@@ -42,8 +44,14 @@ VALUES = {
     "reset_every": 200,
     "reset_warmup": 50,
     "reset_bias_correction": False,
+    "ns_steps": 3,
 }
-ONCE = {"skip_nonfinite": True, "value": "variable"}
+ONCE = {
+    "skip_nonfinite": True,
+    "value": "variable",
+    "output_layer": "dense",
+    "sgd_learning_rate": 0.5,
+}
 EVER = {
     "learning_rate": 0.5,
     "clipnorm": 0.125,
@@ -72,7 +80,7 @@ def given(values):
 
 
 def ends_of(optimizer):
-    return train(optimizer, make_variables(), make_gradients(3))
+    return train(optimizer, make_variables(SHAPES), make_gradients(3, SHAPES))
 
 
 def test_every_argument_has_a_row():
@@ -118,7 +126,7 @@ def test_what_takes_effect_at_any_time(name, value):
     ends = []
     for assigned in (False, True):
         optimizer = kb.BlockAdam(**({} if assigned else {name: value}))
-        optimizer.build(make_variables())
+        optimizer.build(make_variables(SHAPES))
         if assigned:
             setattr(optimizer, name, value)
         ends.append(ends_of(optimizer))

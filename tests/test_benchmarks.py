@@ -1,8 +1,12 @@
 """The arithmetic of the benchmark suite; what it measures is not tested."""
 
 import argparse
+import math
+import sys
 import warnings
 
+import keras
+import numpy as np
 import pytest
 from rich.progress import Progress
 
@@ -13,10 +17,14 @@ from benchmarks import goals
 from benchmarks import memory
 from benchmarks import models
 from benchmarks import peers
+from benchmarks import quality
 from benchmarks import report
+from benchmarks import settings
 from benchmarks import shapes
+from benchmarks import tasks
 from benchmarks import timing
 from benchmarks.contestants import Contestant
+from helpers.cases import CASES
 
 pytestmark = pytest.mark.tensorflow
 
@@ -92,6 +100,7 @@ def test_a_ratio_is_the_mean_of_pairs():
     assert ratio.error == pytest.approx((0.5 / 3) ** 0.5 / 2)
     assert str(ratio) == "1.000 ± 0.204"
     assert str(timing.ratio([3.0], [2.0])) == "1.500"
+    assert str(timing.estimate([math.nan, 1.0])) == "nan ± nan"
 
 
 @pytest.mark.parametrize(
@@ -178,3 +187,128 @@ def test_a_peer_that_is_missing_is_named(monkeypatch):
     installed, sentences = peers.without_missing(["keras", "optax"])
     assert installed == ["keras"]
     assert sentences == ["optax is not installed and is left out."]
+
+
+def test_every_optimizer_takes_part():
+    ours = {s.cls for s in settings.OPTIMIZERS.values() if s.is_ours}
+    assert ours == {case.cls for case in CASES}
+
+
+@pytest.mark.parametrize("name", settings.OPTIMIZERS)
+def test_rates_warm_up_and_fall_to_zero(name):
+    setting = settings.OPTIMIZERS[name]
+    assert list(setting.rates) == sorted(setting.rates)
+    model = keras.Sequential([keras.Input((3,))])
+    model.add(keras.layers.Dense(4))
+    model.add(keras.layers.Dense(2, name=tasks.LOGITS))
+    optimizer = setting.make(model, 0.5, 100)
+    for step, rate in ((0, 0.0), (20, 0.5), (60, 0.25), (100, 0.0)):
+        optimizer.iterations.assign(step)
+        assert float(optimizer.learning_rate) == pytest.approx(rate)
+
+
+def test_characters_are_learned_from_those_before():
+    data = tasks.load_text()
+    x, y = data.draw(np.random.default_rng(0), 5)
+    assert x.shape == y.shape == (5, tasks.CONTEXT)
+    assert (x[:, 1:] == y[:, :-1]).all()
+    for x, y in (data.validation, data.test):
+        assert (x[:, 1:] == y[:, :-1]).all()
+        assert (x[1:, 0] == y[:-1, -1]).all()  # All of the part, once.
+        assert max(x.max(), y.max()) < data.classes
+
+
+def test_epochs_have_every_example_once():
+    x = np.arange(7)
+    data = tasks.classifier_data((x, -x), (x, x), (x, x))
+    drawn, labels = data.draw(np.random.default_rng(0), 17)
+    assert sorted(drawn[:7]) == sorted(drawn[7:14]) == list(range(7))
+    assert list(drawn[:7]) != list(drawn[7:14])
+    assert len(drawn) == 17 and (labels == -drawn).all()
+
+
+def tiny_task():
+    """Signs of a number."""
+    x = np.linspace(-1, 1, 64, dtype="float32")[:, None]
+    part = (x, (x[:, 0] > 0).astype("int32"))
+
+    def make_model(classes):
+        dense = keras.layers.Dense(classes, name=tasks.LOGITS)
+        return keras.Sequential([keras.Input((1,)), dense])
+
+    def load():
+        return tasks.classifier_data(part, part, part)
+
+    return tasks.Task("signs", load, make_model, steps=6, batch=32)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "tiny", tiny_task())
+
+
+@pytest.mark.slow
+def test_a_seed_repeats_a_run(tiny):
+    runs = [quality.Run("tiny", "BAGM", 1e-2, seed) for seed in (1, 1, 2)]
+    first, again, other = (quality.train(run)[:-1] for run in runs)
+    assert first == again
+    assert first != other
+
+
+def test_the_validation_part_chooses(tiny):
+    """Then the test part counts, of fresh seeds."""
+    low, middle, high = settings.OPTIMIZERS["BAGM"].rates
+    asked = []
+
+    def score(run):
+        asked.append((run.rate, run.seed))
+        validation = {low: 90.0, middle: 90.0, high: math.nan}[run.rate]
+        loss = {low: 0.3, middle: 0.2, high: math.nan}[run.rate]
+        return quality.Score(validation, loss, 50 + run.seed, 1.0)
+
+    result = quality.contest("tiny", "BAGM", score, quick=False)
+    assert result == quality.Result(middle, [51.0, 52.0, 53.0])
+    assert asked == [
+        *((rate, 0) for rate in (low, middle, high)),
+        *((middle, seed) for seed in (1, 2, 3)),
+    ]
+
+
+def test_differences_are_those_of_pairs():
+    result = quality.Result(0.1, [3.0, 5.0, 7.0])
+    other = quality.Result(0.2, [2.0, 4.0, 6.0])
+    assert result.minus(other) == (1.0, 0.0)
+    assert result.test.error == pytest.approx(2 / 3**0.5)
+
+
+@pytest.mark.parametrize("task, best", [("text", "c"), ("digits", "b")])
+def test_the_best_comes_first(task, best):
+    figures = {"a": math.nan, "b": 2.0, "c": 1.0}
+    results = {o: quality.Result(0.1, [x]) for o, x in figures.items()}
+    ranked = list(quality.ranked(task, results))
+    assert (ranked[0], ranked[-1]) == (best, "a")
+
+
+def test_a_second_call_goes_on(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    trained = []
+
+    def train(run, quick):
+        trained.append(run)
+        if run == stop:
+            raise KeyboardInterrupt
+        return quality.Score(0.1, 0.2, run.rate, 1.0)
+
+    monkeypatch.setattr(quality, "train", train)
+    options = "--tasks tiny --optimizers BAGM,BAG --quick --output"
+    monkeypatch.setattr(sys, "argv", ["", *options.split(), str(tmp_path)])
+    rate = settings.OPTIMIZERS["BAG"].rates[1]
+    stop = quality.Run("tiny", "BAG", rate, 1)
+    with pytest.raises(KeyboardInterrupt):
+        quality.main()
+    assert len(trained) == 4
+    trained.clear()
+    last, stop = stop, None
+    quality.main()
+    assert trained == [last]
+    assert (tmp_path / "quality_quick.png").stat().st_size > 0

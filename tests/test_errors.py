@@ -24,6 +24,7 @@ from keras_blockwise.optimizer import BlockwiseOptimizer
 PACKAGE = Path(kb.__file__).parent
 # Whose errors have a test file of their own.
 ELSEWHERE = {
+    "callbacks.py": "test_callbacks.py",
     "checks.py": "state/test_checks.py",
     "config.py": "test_damaged_config.py",
     "convert.py": "state/test_convert.py",
@@ -40,6 +41,8 @@ FRACTIONS = [
     (kb.BlockAdam, "beta_2"),
     (kb.AdamMini, "beta_1"),
     (kb.AdamMini, "beta_2"),
+    (kb.Adalayer, "beta_1"),
+    (kb.Adalayer, "beta_2"),
     (kb.BlockNadam, "beta_1"),
     (kb.BlockNadam, "beta_2"),
     (kb.BAGM, "momentum"),
@@ -57,6 +60,7 @@ FRACTIONS = [
 NON_NEGATIVE = [
     (kb.BlockAdam, "epsilon"),
     (kb.AdamMini, "epsilon"),
+    (kb.Adalayer, "epsilon"),
     (kb.BlockNadam, "epsilon"),
     (kb.BAGM, "epsilon"),
     (kb.BAGM, "power"),
@@ -128,8 +132,22 @@ PAIRS = [
         *((1.0, -1.0), (math.inf, 1.0), (1.0, math.nan), (True, 1.0)),
     )
 ]
+BESIDE = [
+    (kb.Adalayer, "sgd_learning_rate", value, "a number >= 0 beside")
+    for value in (
+        *(math.nan, math.inf, -0.1, "0.5", True, [0.5], [0.5, 0.0]),
+        *([0.5, math.nan], [-0.1, 0.5], [0.5, None], [0.1, 0.2, 0.3]),
+    )
+]
 # Class, argument, value, and what the argument must be.
-ARGUMENTS = [*NUMBERS, *INTEGERS, *PAIRS, *CHOICES, *LEARNING_RATES]
+ARGUMENTS = [
+    *NUMBERS,
+    *INTEGERS,
+    *PAIRS,
+    *CHOICES,
+    *LEARNING_RATES,
+    *BESIDE,
+]
 
 KNOWN = "'coordinate'.*'layer'.*'model'.*'output_unit'.*'variable'"
 SCHEME = "must be a string, or a tuple of positive integers and `None`"
@@ -200,6 +218,11 @@ BLOCKINGS = {
         lambda: kb.Blocking.from_model("model"),
         TypeError,
         "`model` must be a `keras.Model`. Received: model='model'",
+    ),
+    "SGD+Adalayer with other blocks": (
+        lambda: kb.Adalayer(sgd_learning_rate=0.5, blocking="layer"),
+        ValueError,
+        "`blocking` must be one of .*adalayer.*Received: blocking='layer'",
     ),
     "AdamMini with other blocks": (
         lambda: kb.AdamMini(value="variable", blocking="layer"),

@@ -14,7 +14,7 @@ import keras_blockwise as kb
 from helpers import arrays
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
-from helpers.cases import CASES
+from helpers.cases import LAST_OF_CLASS
 from helpers.cases import each_case
 from helpers.cases import make_variables
 from helpers.cases import some_quick
@@ -28,10 +28,6 @@ from helpers.training import train_by_hand
 
 LR = 0.0625
 SHAPES = {"dense/kernel": (3, 2), "dense/bias": (2,)}
-# Training a model takes seconds: the first row of a class stands for all.
-MODEL_CASES = list({case.cls: case for case in reversed(CASES)}.values())
-
-each_model_case = some_quick(MODEL_CASES)
 
 
 def make(case, learning_rate=LR, **kwargs):
@@ -421,19 +417,22 @@ def assert_fit_like_by_hand(case, model, twin, x, y, tolerance):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-@each_model_case
+@some_quick(LAST_OF_CLASS)
 def test_mixed_precision_in_fit(case, policy):
     with dtype_policy(policy):
         model, twin = make_mlp(), make_mlp()
     # In a graph the layers round at other places than eagerly.
     tolerance = {"mixed_float16": 5e-3, "mixed_bfloat16": 5e-2}[policy]
+    if case.cls is kb.BlockMuon:
+        # It makes small singular values large, and what was rounded in them.
+        tolerance *= 4
     assert_fit_like_by_hand(case, model, twin, *make_data(), tolerance)
     assert {v.dtype for v in model.trainable_variables} == {"float32"}
     is_scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert is_scaled == (policy == "mixed_float16")
 
 
-@each_model_case
+@some_quick(LAST_OF_CLASS)
 def test_embedding_in_fit(case):
     # Row 1 repeats; rows 0, 2 and 3 do not occur.
     x = np.array([[1, 1, 4], [5, 1, 4]])
@@ -442,7 +441,7 @@ def test_embedding_in_fit(case):
     assert_fit_like_by_hand(case, model, twin, x, y, 1e-4)
 
 
-@each_model_case
+@some_quick(LAST_OF_CLASS)
 def test_frozen_layers_in_fit(case):
     model, twin = make_mlp(), make_mlp()
     twin.set_weights(model.get_weights())

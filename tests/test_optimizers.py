@@ -26,6 +26,7 @@ from helpers.cases import some_quick
 from helpers.training import eager
 from helpers.training import graph
 from helpers.training import train
+from keras_blockwise.blocking import schemes
 
 BACKEND = keras.backend.backend()
 STEPS = 20
@@ -227,6 +228,7 @@ def test_loss_scale_optimizer_equals_keras(case, wrap):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The output layer is not known")
 @pytest.mark.parametrize(
     "momentum, nesterov, accumulator, scheme",
     [(0.875, True, "exponential", scheme) for scheme in SCHEMES]
@@ -314,6 +316,7 @@ NON_DEFAULT = {
     "reset_warmup": 20,
     "rho": 0.25,
     "seed": 5,
+    "sgd_learning_rate": [0.5, 0.25],
     "skip_nonfinite": True,
     "spike_threshold": 25.0,
     "use_ema": True,
@@ -378,6 +381,10 @@ def test_the_signatures_were_read():
 @each_optimizer
 def test_every_optimizer_has_a_case(cls):
     assert cls in [case.cls for case in CASES]
+
+
+def test_every_scheme_is_in_the_table():
+    assert sorted(SCHEMES) == sorted(schemes.SCHEMES)
 
 
 @pytest.mark.parametrize(("cls", "name", "default"), ARGUMENTS)

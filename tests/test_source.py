@@ -23,7 +23,11 @@ SOURCES = {
 }
 by_module = pytest.mark.parametrize("module", SOURCES)
 # Who may name TensorFlow; what of this runs on other backends is in `plain`.
-TENSORFLOW = ("execution.tensorflow", "execution.xla_cpu")
+TENSORFLOW = (
+    "execution.tensorflow",
+    "execution.sharing",
+    "execution.xla_cpu",
+)
 
 
 def nodes(module, kind):
@@ -105,7 +109,7 @@ def test_only_two_rooms_import_tensorflow(module):
 def test_only_tensorflow_knows_the_tricks_for_a_cpu(module):
     if not module.startswith(TENSORFLOW):
         assert "cpu" not in PATHS[module].read_text().lower()
-        assert not [n for n in siblings(module) if n.startswith(TENSORFLOW[1])]
+        assert not [n for n in siblings(module) if n.startswith(TENSORFLOW[-1])]
 
 
 @by_module
@@ -150,8 +154,12 @@ IMPORTS = {
         *("multipliers", "state", "validation"),
     },
     "optimizers": {"algorithm", "blocking", "optimizer", "validation"},
+    "callbacks": {"execution", "optimizer", "validation"},
     "summary": {"blocking", "optimizer", "state"},
-    "__init__": {"blocking", "multipliers", "optimizers", "state", "summary"},
+    "__init__": {
+        *("blocking", "callbacks", "multipliers"),
+        *("optimizers", "state", "summary"),
+    },
 }
 
 

@@ -108,6 +108,7 @@ OPTIMIZERS = {
     "amsgrad": (kb.BlockAdam, {"amsgrad": True}),
     "bfloat16": (kb.BlockAdam, {"momentum_dtype": "bfloat16"}),
     "AdamMini": (kb.AdamMini, {}),
+    "Adalayer": (kb.Adalayer, {}),
     "BlockNadam": (kb.BlockNadam, {}),
     "BAGM": (kb.BAGM, {}),
     "BAGM without": (kb.BAGM, {"momentum": 0.0}),

@@ -82,7 +82,11 @@ MatrixUpdate = tuple[Tensors, Tensors]
 
 @dataclass(frozen=True)
 class Rule:
-    """What makes the step one optimizer or another."""
+    """What makes the step one optimizer or another.
+
+    `plain_rate` is the rate of variables without blocks, and the learning rate
+    that it stands beside.
+    """
 
     second_moment: SecondMoment
     accumulator: Accumulator
@@ -93,6 +97,7 @@ class Rule:
     matrix_function: MatrixFunction | None = None
     matrix_moments: MatrixMoments | None = None
     bounds: Bounds | None = None
+    plain_rate: Sequence[float] | None = None
 
     @property
     def rate_last(self) -> bool:
@@ -121,6 +126,14 @@ class Rule:
         if self.matrix_moments is None or columns_of(partition) is None:
             return shape
         return (*shape, n, n)
+
+    @property
+    def plain_factor(self) -> float:
+        """What multiplies the learning rate of variables without blocks."""
+        if self.plain_rate is None:
+            return 1.0
+        rate, beside = self.plain_rate
+        return rate / beside
 
 
 class Scalars(NamedTuple):
@@ -277,6 +290,9 @@ def entry_update(
 ) -> EntryUpdate:
     """What is computed once per entry of a unit."""
     multiplier = multiplier_of(unit.dtype, unit.variable_of, multipliers)
+    if np.any(unit.rate != 1.0):
+        rate = ops.cast(unit.rate, unit.dtype)
+        multiplier = rate if multiplier is None else rate * multiplier
     return EntryUpdate(
         partial(entry_step, rule, at, unit.weight_decay, multiplier),
         unit.dtype,

@@ -69,6 +69,7 @@ class Weights(NamedTuple):
         positions: Where their gradients are in the list of gradients.
         partitions: Their blocks.
         weight_decay: Their decoupled weight decay, of each entry if it differs.
+        rate: A factor of their learning rate, of each entry if it differs.
         variables: The variables; their values are joined.
         momentum: Their momentum; empty if the rule has none.
     """
@@ -78,6 +79,7 @@ class Weights(NamedTuple):
     positions: tuple[int, ...]
     partitions: tuple[Partition, ...]
     weight_decay: float | np.ndarray
+    rate: float | np.ndarray
     variables: tuple[Any, ...]
     momentum: tuple[Any, ...]
 

@@ -20,7 +20,7 @@ class Axes:
             projections to query, key, value and gate.
         kind: What the variable is: `"dense"`, `"conv"`, `"recurrent"`,
             `"embedding"`, `"query"`, `"key"`, `"value"`, `"bias"`, `"norm"`,
-            `"vector"`, or `"unknown"`.
+            `"shift"` (of a normalization), `"vector"`, or `"unknown"`.
         groups: How many groups the units on the last axis form, each with
             inputs of its own, as in a grouped convolution.
         gates: How many maps the units on the last axis are the outputs of, one

@@ -31,6 +31,7 @@ from keras_blockwise.blocking.partition import Matrices
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.blocking.schemes import GROUPS
+from keras_blockwise.blocking.schemes import IN_OUTPUT_LAYER
 from keras_blockwise.blocking.schemes import SCHEMES
 
 Tile = tuple[int | None, ...]
@@ -134,6 +135,8 @@ class Blocking:
               scales: the whole vector.
             - `"filter"`: the spatial kernel of one (input, output) pair of a
               convolution; elsewhere as `"output_unit"`.
+            - `"head"`: one head of the query, key or value projection of an
+              attention layer; elsewhere as `"output_unit"`.
             - `"variable"`: the whole variable.
             - `"layer"`: all variables of one layer.
             - `"model"`: all variables.
@@ -142,6 +145,8 @@ class Blocking:
               entries, and single entries of the rest.
             - `"none"`: nothing. The variable takes plain steps of the learning
               rate (its second moment is 1, without an epsilon).
+            - `"adam_mini"`, `"adalayer"`, `"adalayer_sgd"`: those of `AdamMini`
+              and of `Adalayer`.
             - a tuple: the shape of the block, `None` for a whole axis, which
               must fit every variable. `(None, 64)` cuts a matrix into strips
               of 64 columns.
@@ -152,7 +157,7 @@ class Blocking:
         exact: Set by `from_model`: whether nothing is to be guessed.
         model: Set by `from_model`: a weak reference to the model, since a
             model that holds itself through its optimizer cannot be loaded.
-        output_layer: Set by `BlockMuon`.
+        output_layer: Set by `BlockMuon` and `Adalayer`.
 
     Raises:
         ValueError, TypeError: If a scheme is unknown, or a tuple or a regular
@@ -274,17 +279,16 @@ class Blocking:
         if model is not None:
             meanings = meanings_in(model)
             if all(id(variable) in meanings for variable in variables):
-                rows, unknown = self._choose(
-                    weights,
-                    [meanings[id(variable)] for variable in variables],
-                    [v.path for v in model.trainable_variables],
-                    by_matrix,
+                own = [meanings[id(variable)] for variable in variables]
+                rows, unknown, output = self._choose(
+                    variables, own, model, by_matrix
                 )
                 if unknown:
                     warnings.warn(
                         UNKNOWN.format(describe(unknown)), stacklevel=3
                     )
-                return self._hide(rows, variables, model, by_matrix)
+                self._warn_of_output(output, by_matrix)
+                return rows
         if self.table is not None:
             table = find_rows(self.table, weights)
             if table is not None:
@@ -292,7 +296,9 @@ class Blocking:
             misfit = first_misfit(self.table, weights)
         else:
             misfit = ""
-        rows, guesses = self._choose(weights, infer(weights), [], by_matrix)
+        rows, guesses, output = self._choose(
+            variables, infer(weights), None, by_matrix
+        )
         if guesses and self.exact:
             raise ValueError(NOT_IN_MODEL.format(describe(guesses)))
         if misfit:
@@ -305,72 +311,77 @@ class Blocking:
         if guesses:
             what = "blocks and matrices" if by_matrix else "blocks"
             warnings.warn(GUESSES.format(what, describe(guesses)), stacklevel=3)
-        return self._hide(rows, variables, None, by_matrix)
+        self._warn_of_output(output, by_matrix)
+        return rows
 
     def _choose(
         self,
-        weights: Sequence[Weight],
-        meanings: Sequence[Meaning],
-        other_paths: Sequence[str],
-        by_matrix: bool,
-    ) -> tuple[tuple[Row, ...], list[tuple[str, Row]]]:
-        """The blocks of each variable, and those of them that are ambiguous."""
-        rows = []
-        ambiguous = []
-        rules = match_keys("rules", self.rules, weights, other_paths)
-        for weight, meaning, rule in zip(weights, meanings, rules):
-            scheme = self.scheme if rule is None else self.rules[rule]
-            axes = meaning.axes[0]
-            source = str(scheme) if rule is None else f"rule {rule!r}"
-            group = None
-            tiles: list[Shape | None]
-            if not isinstance(scheme, str):
-                tiles = [tile_of(weight, scheme, source)]
-            else:
-                tiles = [SCHEMES[scheme](weight.shape, a) for a in meaning.axes]
-                if scheme in GROUPS:
-                    group = GROUPS[scheme](meaning.layer)
-            partition = Partition(weight.shape, tiles[0], group)
-            matrices = [
-                matrices_of(weight.shape, a, per_head=scheme == "head")
-                for a in meaning.axes
-            ]
-            row = Row(
-                weight.name,
-                meaning.layer,
-                axes.kind,
-                source,
-                partition,
-                matrices[0],
-            )
-            rows.append(row)
-            unsure = scheme == "layer" and not meaning.sure_of_layer
-            unsure |= by_matrix and len(set(matrices)) > 1
-            if unsure or len(set(tiles)) > 1:
-                ambiguous.append((weight.path, row))
-        return tuple(rows), ambiguous
-
-    def _hide(
-        self,
-        rows: Sequence[Row],
         variables: Sequence[Any],
+        meanings: Sequence[Meaning],
         model: Any,
         by_matrix: bool,
-    ) -> tuple[Row, ...]:
-        """The rows; those of the output layer have no hidden matrices."""
+    ) -> tuple[tuple[Row, ...], list[tuple[str, Row]], list[str]]:
+        """The blocks of each variable; which are ambiguous; a guessed output.
+
+        The rows of the output layer have no hidden matrices.
+        """
+        weights = list(map(Weight.of, variables))
+        other_paths = (
+            [] if model is None else [v.path for v in model.trainable_variables]
+        )
+        rules = match_keys("rules", self.rules, weights, other_paths)
+        schemes = [
+            self.scheme if rule is None else self.rules[rule] for rule in rules
+        ]
+        matrices = [
+            [
+                matrices_of(weight.shape, axes, per_head=scheme == "head")
+                for axes in meaning.axes
+            ]
+            for weight, meaning, scheme in zip(weights, meanings, schemes)
+        ]
         output, guessed = output_positions(
             variables,
-            [row.layer for row in rows],
-            [row.matrices is not None for row in rows],
+            [meaning.layer for meaning in meanings],
+            [meaning.axes[0].kind for meaning in meanings],
             model,
             self.output_layer,
         )
-        if by_matrix and guessed:
-            warnings.warn(OUTPUT.format(guessed), stacklevel=4)
-        return tuple(
-            row.of_output() if i in output else row
-            for i, row in enumerate(rows)
-        )
+        rows = []
+        ambiguous = []
+        for i, (weight, meaning) in enumerate(zip(weights, meanings)):
+            scheme, rule = schemes[i], rules[i]
+            source = str(scheme) if rule is None else f"rule {rule!r}"
+            partitions = partitions_of(
+                weight, meaning, scheme, source, i in output
+            )
+            row = Row(
+                weight.name,
+                meaning.layer,
+                meaning.axes[0].kind,
+                source,
+                partitions[0],
+                None if i in output else matrices[i][0],
+            )
+            rows.append(row)
+            unsure = scheme == "layer" and not meaning.sure_of_layer
+            unsure |= by_matrix and len(set(matrices[i])) > 1
+            if unsure or len(set(partitions)) > 1:
+                ambiguous.append((weight.path, row))
+        return tuple(rows), ambiguous, guessed
+
+    def _warn_of_output(self, guessed: list[str], by_matrix: bool) -> None:
+        """Where it matters which layer makes the output, and that is guessed.
+
+        Args:
+            guessed: Paths of the kernels that are taken for the last.
+            by_matrix: As in `resolve`.
+        """
+        schemes = {self.scheme, *self.rules.values()}
+        if guessed and by_matrix:
+            warnings.warn(OUTPUT.format(guessed, OF_MATRICES), stacklevel=4)
+        elif guessed and not schemes.isdisjoint(IN_OUTPUT_LAYER):
+            warnings.warn(OUTPUT.format(guessed, OF_BLOCKS), stacklevel=4)
 
     def get_config(self) -> dict[str, Any]:
         """Plain JSON data from which `from_config` makes an equal object."""
@@ -442,6 +453,26 @@ def tile_of(weight: Weight, tile: Tile, source: str) -> Shape:
     return block_shape
 
 
+def partitions_of(
+    weight: Weight,
+    meaning: Meaning,
+    scheme: str | Tile,
+    source: str,
+    in_output_layer: bool,
+) -> list[Partition]:
+    """The blocks of a variable, by each meaning that it may have."""
+    if not isinstance(scheme, str):
+        return [Partition(weight.shape, tile_of(weight, scheme, source))]
+    function = SCHEMES[scheme]
+    if in_output_layer:
+        function = IN_OUTPUT_LAYER.get(scheme, function)
+    group = GROUPS[scheme](meaning.layer) if scheme in GROUPS else None
+    return [
+        Partition(weight.shape, function(weight.shape, axes), group)
+        for axes in meaning.axes
+    ]
+
+
 def find_rows(
     table: Sequence[Row], weights: Sequence[Weight]
 ) -> tuple[Row, ...] | None:
@@ -502,11 +533,15 @@ UNKNOWN = (
 )
 OUTPUT = (
     "The output layer is not known. Taken for it, since it is the last: {}\n"
-    "Its weights take the step of embeddings and vectors, all other matrices "
-    "are orthogonalised. Pass `output_layer`, the path of a layer or a regular "
-    "expression, or `blocking=Blocking.from_model(model)` with a functional or "
+    "{} Pass `output_layer`, the path of a layer or a regular expression, or "
+    "`blocking=Blocking.from_model(model, ...)` with a functional or "
     "sequential model."
 )
+OF_MATRICES = (
+    "Its weights take the step of embeddings and vectors, all other matrices "
+    "are orthogonalised."
+)
+OF_BLOCKS = "Its output units are one block each, as no others are."
 NOT_IN_MODEL = (
     "The variables must belong to the model that `Blocking.from_model` was "
     "given: only its layers can tell the blocks. Received:{}\nPass a "

@@ -18,7 +18,12 @@ from keras_blockwise.blocking.axes import Weight
 from keras_blockwise.blocking.partition import Shape
 
 # The kind of the weights that have one entry per unit, by name.
-VECTORS = {"alpha": "vector", "beta": "bias", "bias": "bias", "gamma": "norm"}
+VECTORS = {
+    "alpha": "vector",
+    "beta": "shift",
+    "bias": "bias",
+    "gamma": "norm",
+}
 
 
 def infer(weights: Sequence[Weight]) -> list[Meaning]:

@@ -37,11 +37,12 @@ Entry = Mapping[str, tuple[str, str]]
 
 BIAS = ("bias", "output ...")
 NORM = ("norm", "output ...")
+SHIFT = ("shift", "output ...")
 VECTOR = ("vector", "output ...")
 CONV = ("conv", "spatial ... input output")
 DEPTHWISE = ("conv", "spatial ... input+output output")
 LINEAR = ("dense", "input output")
-NORMALIZATION = {"gamma": NORM, "beta": BIAS, "scale": NORM}
+NORMALIZATION = {"gamma": NORM, "beta": SHIFT, "scale": NORM}
 
 
 def projections(axes: str, *names: str) -> dict[str, tuple[str, str]]:

@@ -58,7 +58,7 @@ def matrices_of(shape: Shape, axes: Axes, per_head: bool) -> Matrices | None:
 def output_positions(
     variables: Sequence[Variable],
     layers: Sequence[str],
-    is_matrix: Sequence[bool],
+    kinds: Sequence[str],
     model: Layer | None,
     output_layer: str | None,
 ) -> tuple[set[int], list[str]]:
@@ -67,31 +67,34 @@ def output_positions(
     Args:
         variables: All variables.
         layers: The layer of each.
-        is_matrix: Whether each is a matrix.
+        kinds: What each is; see `Axes`.
         model: The model, if it is known.
         output_layer: What a user says, if anything.
 
     Returns:
-        The positions, and the paths of the matrices there that are a guess.
+        The positions, and the paths of the kernels there that are a guess.
     """
     weights = [Weight.of(variable) for variable in variables]
     if output_layer is not None:
         others = [] if model is None else [v.path for v in model.variables]
         return matching(output_layer, weights, others), []
     makers = None if model is None else last_layers(model)
-    position = {id(variable): i for i, variable in enumerate(variables)}
-    candidates = [list(position.values())]
+    kernels = [
+        i
+        for i, weight in enumerate(weights)
+        if kinds[i] in KINDS and len(weight.shape) > 1
+    ]
+    candidates = [kernels]
     if makers is not None:
         candidates = [
-            [position[id(v)] for v in maker.variables if id(v) in position]
-            for maker in makers
+            [i for i in kernels if id(variables[i]) in own]
+            for own in ({id(v) for v in maker.variables} for maker in makers)
         ]
-    matrices = [[i for i in own if is_matrix[i]] for own in candidates]
-    last = {layers[max(own)] for own in matrices if own}
+    last = {layers[max(own)] for own in candidates if own}
     positions = {i for i, layer in enumerate(layers) if layer in last}
     if makers is not None:
         return positions, []
-    return positions, [weights[i].path for i in positions if is_matrix[i]]
+    return positions, [weights[i].path for i in kernels if i in positions]
 
 
 def matching(

@@ -83,12 +83,19 @@ CHUNKED = (
     *("key", "query", "value"),
 )
 
+
+def adalayer_sgd(shape: Shape, axes: Axes) -> Shape | None:
+    """SGD+Adalayer (arXiv:2407.07972): of hidden layers, norms alone adapt."""
+    return whole(shape, axes) if axes.kind in ("norm", "shift") else None
+
+
 ADAM_MINI = {
     "bias": coordinate,
     "dense": output_unit,
     "embedding": output_unit,
     "key": head,
     "query": head,
+    "shift": coordinate,
     "value": output_unit,
 }
 
@@ -104,8 +111,13 @@ SCHEMES: dict[str, Callable[[Shape, Axes], Shape | None]] = {
     "adam_mini": adam_mini,
     "adam_mini_short": adam_mini_short,
     "adablock": adablock,
+    "adalayer": whole,
+    "adalayer_sgd": adalayer_sgd,
     "none": none,
 }
+
+# What takes the place of a scheme in the output layer.
+IN_OUTPUT_LAYER = {"adalayer": output_unit, "adalayer_sgd": output_unit}
 
 # Schemes whose blocks span variables: the name of the accumulator they share.
 GROUPS: dict[str, Callable[[str], str]] = {

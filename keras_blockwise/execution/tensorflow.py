@@ -21,6 +21,9 @@ from keras_blockwise.execution.hooks import KerasHooks
 from keras_blockwise.execution.hooks import Written
 from keras_blockwise.execution.hooks import scalars_of
 from keras_blockwise.execution.plain import PlainKernels
+from keras_blockwise.execution.sharing import CompiledUpdate
+from keras_blockwise.execution.sharing import Handle
+from keras_blockwise.execution.sharing import compile_update
 from keras_blockwise.execution.xla_cpu import XlaCpuKernels
 from keras_blockwise.state import saving
 
@@ -194,15 +197,15 @@ class TensorFlowOptimizer(KerasHooks):
             arguments, unpack = kernels.pack(gradients)
         key = (*replica, len(arguments))
         if key not in self._compiled.functions:
-            # The variables are captured: no work for them per step.
             self._compiled.functions[key] = compile_update(
-                lambda arguments, *scalars: self._update(
+                lambda batch, arguments, *scalars: self._update(
                     batch,
                     unpack(arguments),
                     scalars,
                     kernels=kernels,
-                    read=tf.convert_to_tensor,
+                    read=Handle.read,
                 ),
+                batch,
                 (arguments, *scalars),
             )
         with on_device(devices):
@@ -351,7 +354,7 @@ class CompiledUpdates:
         self.written: dict[tuple[int, ...], Written] = {}
         self.devices: dict[Replica, set[str]] = {}
         self.steps: collections.Counter[Replica | None] = collections.Counter()
-        self.functions: dict[Any, Any] = {}
+        self.functions: dict[Any, CompiledUpdate] = {}
         self._mean_size = 0.0
 
     def worth(self, devices: set[str], variables: Sequence[Variable]) -> bool:
@@ -361,16 +364,6 @@ class CompiledUpdates:
             self._mean_size = sum(sizes) / len(sizes)
         large = self._mean_size >= LARGE
         return large or not are_cpus(devices) or not in_graph()
-
-
-def compile_update(update: Callable[..., None], arguments: Any) -> Any:
-    """`update` compiled by XLA, once for all values of its arguments."""
-    specs = tf.nest.map_structure(
-        lambda tensor: tf.TensorSpec(tensor.shape, tensor.dtype), arguments
-    )
-    with tf.init_scope():
-        function = tf.function(update, jit_compile=True, autograph=False)
-        return function.get_concrete_function(*specs)
 
 
 def in_graph() -> bool:
@@ -464,3 +457,16 @@ def on_device(devices: set[str]) -> Any:
         return contextlib.nullcontext()
     (device,) = devices
     return tf.device(device)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as a graph, made once unless shapes of arguments change."""
+    graph: Callable[..., Any] = tf.function(
+        function, autograph=False, reduce_retracing=True
+    )
+    return graph
+
+
+def number_of_replicas(model: keras.Model) -> int:
+    """How many copies of a model are trained together."""
+    return int(model.distribute_strategy.num_replicas_in_sync)

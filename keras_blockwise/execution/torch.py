@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import torch
 
@@ -272,3 +273,17 @@ def stack_alike(
         weights.append(unit[1])
     batch = Batch(accumulators, weights, matrices)
     return StackedBatch(batch, others, stacks)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, without the graph of its gradients."""
+    without_gradients: Callable[..., Any] = torch.no_grad()(function)
+    return without_gradients
+
+
+def number_of_replicas(model: keras.Model) -> int:
+    """How many copies of a model are trained together."""
+    groups = torch.distributed.is_available()
+    if not groups or not torch.distributed.is_initialized():
+        return 1
+    return int(torch.distributed.get_world_size())

@@ -35,8 +35,8 @@ def convert_state(
         source: A built `keras.optimizers.Adam`, `AdamW` or `Nadam`, or an
             optimizer of this package.
         target: A built optimizer over the same variables: a `BlockAdam`,
-            `AdamMini` or `BlockNadam` if `source` is one of these or Keras's,
-            else one of the class of `source`. Of a
+            `Adalayer`, `AdamMini` or `BlockNadam` if `source` is one of these
+            or Keras's, else one of the class of `source`. Of a
             `keras.optimizers.LossScaleOptimizer`, its `inner_optimizer` is
             meant, in either place.
 

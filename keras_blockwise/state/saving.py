@@ -281,7 +281,7 @@ def all_or_nothing(model: keras.Model) -> Iterator[None]:
         model: The model that is loaded into.
 
     Raises:
-        The error of what is within the context.
+        BaseException: That of what is within the context.
 
     Example:
 

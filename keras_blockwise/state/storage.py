@@ -242,6 +242,7 @@ class Storage:
                 tuple(position_of[i] for i in own),
                 tuple(self._partitions[i] for i in own),
                 self._of_entries([weight_decay(i) for i in own], own),
+                self._of_entries([self._rate_of(i) for i in own], own),
                 tuple(self.variables[i] for i in own),
                 momentum,
             )
@@ -286,6 +287,10 @@ class Storage:
             dtype = self._dtypes[members[keys[0]][0]]
             accumulators.append(Accumulators(dtype, groups, statistics))
         return accumulators
+
+    def _rate_of(self, index: int) -> float:
+        has_blocks = self._partitions[index].block_shape is not None
+        return 1.0 if has_blocks else self.rule.plain_factor
 
     def _of_entries(self, values: Sequence[Any], indices: Sequence[int]) -> Any:
         """Values of some variables, entry by entry if they differ."""

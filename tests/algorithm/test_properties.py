@@ -15,6 +15,7 @@ from helpers.training import train
 ROWS = [
     Case(kb.BlockAdam, {"epsilon": 0.0, "amsgrad": True}),
     Case(kb.AdamMini, {"epsilon": 0.0}),
+    Case(kb.Adalayer, {"epsilon": 0.0}),
     Case(kb.BlockNadam, {"epsilon": 0.0}),
     Case(kb.BAGM, {"epsilon": 0.0, "accumulator": "polynomial"}),
     Case(kb.BAG, {"epsilon": 0.0, "initial_accumulator_value": 0.0}),

@@ -6,10 +6,11 @@ import pytest
 
 import keras_blockwise as kb
 from helpers import oracle
+from helpers.arrays import assert_differ
 from helpers.cases import HIDDEN
 from helpers.cases import SCHEMES
 from helpers.cases import Case
-from helpers.cases import each_case
+from helpers.cases import every_case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
@@ -129,6 +130,8 @@ VARIABLES = {
             "input_unit": (None, None, None, 1, None),
             "filter": (None, None, None, 1, 1),
             "adablock": (None, None, None, 1, 1),
+            # The last kernel: the output layer, as far as names can tell.
+            "adalayer adalayer_sgd": (None, None, None, None, 1),
         },
     ),
     "scalar/bias": ((), {}),
@@ -147,10 +150,11 @@ def tiles_of(scheme):
         return {path: path.rpartition("/")[0] for path in VARIABLES}
     if scheme == "coordinate":
         return {path: (1,) * len(shape) for path, shape in SHAPES.items()}
+    others = scheme != "adalayer_sgd"
     return {
         path: next(
             (tile for names, tile in tiles.items() if scheme in names.split()),
-            (None,) * len(shape),
+            (None,) * len(shape) if others else None,
         )
         for path, (shape, tiles) in VARIABLES.items()
     }
@@ -222,6 +226,7 @@ def check_truth(
     jit_compile=False,
     decay=None,
     multipliers=None,
+    plain_rate=1.0,
     **kwargs,
 ):
     """Trains an optimizer and its oracle and compares weights and state.
@@ -236,6 +241,7 @@ def check_truth(
         jit_compile: As of the optimizer.
         decay: Weight decay of each variable, to do by hand.
         multipliers: Factors of the learning rate, by path.
+        plain_rate: A factor of it where there are no blocks.
         **kwargs: Further arguments of the optimizer.
     """
     shapes = {path: SHAPES[path] for path in tiles}
@@ -273,6 +279,7 @@ def check_truth(
     train(optimizer, variables, gradients, wrap, set_learning_rate)
     for step, given in enumerate(gradients):
         rates = np.float64(factors) * learning_rate(step)
+        rates[[tile is None for tile in tiles.values()]] *= plain_rate
         for weight, own, rate in zip(truth.weights, decay or [], rates):
             weight *= 1 - own * rate
         finite = all(np.isfinite(g).all() for g in given if g is not None)
@@ -346,6 +353,7 @@ def rounding(dtype):
 ONE_OF_EACH = [
     Case(kb.BlockAdam, {"amsgrad": True}),
     Case(kb.AdamMini),
+    Case(kb.Adalayer, HIDDEN),
     Case(kb.BlockNadam),
     Case(kb.BAGM),
     Case(kb.BlockMuon, HIDDEN),
@@ -387,13 +395,22 @@ MIXED_BLOCKING = kb.Blocking(
 
 
 @pytest.mark.filterwarnings("ignore:Names and shapes allow more than one")
-@by_statistics
+@pytest.mark.filterwarnings("ignore:The output layer is not known")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(ONE_OF_EACH[0], id="BlockAdam"),
+        pytest.param(
+            ONE_OF_EACH[-1], id="BlockRMSprop", marks=pytest.mark.slow
+        ),
+    ],
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes(case, scheme):
     check_truth(case, tiles_of(scheme), blocking=scheme)
 
 
-@each_case
+@every_case
 def test_cases(case):
     check_truth(case, MIXED, blocking=MIXED_BLOCKING)
 
@@ -402,16 +419,16 @@ def test_cases(case):
 @pytest.mark.parametrize(
     "wrap, jit_compile",
     [
-        pytest.param(eager, True, id="eager-jit"),
+        pytest.param(eager, True, id="eager-jit", marks=pytest.mark.slow),
         pytest.param(eager, False, id="eager-plain"),
-        pytest.param(graph, True, id="graph-jit"),
+        pytest.param(graph, True, id="graph-jit", marks=pytest.mark.slow),
         pytest.param(
             lambda optimizer: tf.function(
                 optimizer.apply, jit_compile=True, autograph=False
             ),
             True,
             id="jit_function-jit",
-            marks=pytest.mark.tensorflow,
+            marks=[pytest.mark.tensorflow, pytest.mark.slow],
         ),
     ],
 )
@@ -453,6 +470,7 @@ def test_tiles(case, path, tile):
         Case(kb.BlockAdam, {"beta_2": 0.0}),
         Case(kb.BlockAdam, {"epsilon": 0.5}),
         Case(kb.AdamMini, {"epsilon": 0.5}),
+        Case(kb.Adalayer, {"epsilon": 0.5, "beta_1": 0.5, **HIDDEN}),
         Case(kb.BlockNadam, {"beta_1": 0.0, "epsilon": 0.5}),
         Case(kb.BAGM, {"beta_2": 0.0, "epsilon": 0.5}),
         Case(kb.BAGM, {"accumulator": "polynomial", "power": 0.0}),
@@ -481,9 +499,8 @@ def test_float32(case):
 def test_low_precision(case, dtype):
     _, variables, _ = check_truth(case, MIXED, dtype, blocking=MIXED_BLOCKING)
     shapes = {path: SHAPES[path] for path in MIXED}
-    for before, after in zip(make_variables(shapes, dtype), variables):
-        # With its 0.999 in bfloat16, which is 1, nothing would move.
-        assert np.abs(to_float64(after) - to_float64(before)).max() > 0.01
+    # With its 0.999 in bfloat16, which is 1, nothing would move.
+    assert_differ(variables, make_variables(shapes, dtype))
 
 
 @pytest.mark.parametrize(
@@ -541,7 +558,9 @@ def test_missing_gradients_compiled():
     )
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @each_full_class
 def test_skip_nonfinite(case, jit_compile):
     """As if the steps with an infinity or a NaN had not been."""
@@ -614,6 +633,31 @@ def test_multipliers(case):
         weight_decay=0.5,
         multipliers=MULTIPLIERS,
         blocking=MIXED_BLOCKING,
+    )
+
+
+# Some of one size take plain steps, some adapt.
+PLAIN = {**MIXED, "dense/kernel": None, "query/bias": None}
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, "float32"])
+@pytest.mark.parametrize("multipliers", [None, MULTIPLIERS])
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_sgd_learning_rate(jit_compile, multipliers, momentum_dtype):
+    check_truth(
+        Case(kb.Adalayer, {"sgd_learning_rate": (3.0, 0.5), "epsilon": 0.5}),
+        PLAIN,
+        momentum_dtype=momentum_dtype,
+        wrap=eager,
+        jit_compile=jit_compile,
+        decay=[0.5] * len(PLAIN),
+        weight_decay=0.5,
+        multipliers=multipliers,
+        plain_rate=6.0,
+        output_layer="dense",
+        blocking=kb.Blocking(
+            "adalayer", {p: t or "none" for p, t in PLAIN.items()}
+        ),
     )
 
 

@@ -13,6 +13,9 @@ OPTIMIZERS = {
         0.03, use_ema=True, weight_decay=0.1, skip_nonfinite=True
     ),
     "adam_mini": lambda: kb.AdamMini(0.03, momentum_dtype="bfloat16"),
+    "adalayer": lambda: kb.Adalayer(
+        0.03, sgd_learning_rate=0.1, output_layer=r".*[02468](/.*)?"
+    ),
     "bagm": lambda: kb.BAGM(0.03, blocking="layer", clipnorm=0.1),
     "bag": lambda: kb.BAG(0.1, gradient_accumulation_steps=2),
     "block_rmsprop": lambda: kb.BlockRMSprop(0.03, centered=True, momentum=0.5),

@@ -714,6 +714,7 @@ for name in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_save_and_continue_in_a_new_process(tmp_path):
     cases = {
         f"{name}-unit": (make, "output_unit") for name, make in MODELS.items()

@@ -475,6 +475,7 @@ def prepared(name, size):
     return probe, x, {path: weights[path] for path in probe.weights}, axes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", PROBES)
 def test_units(name, size):

@@ -39,10 +39,10 @@ def dense(*shape):
     return w(shape, "dense", output=(1,), input=(0,))
 
 
-def conv(*shape, groups=1, kind="conv"):
+def conv(*shape, groups=1, kind="conv", gates=1):
     window = tuple(range(len(shape) - 2))
     last = len(shape) - 1
-    axes = Axes((last,), (last - 1,), window, (), kind, groups)
+    axes = Axes((last,), (last - 1,), window, (), kind, groups, gates)
     return shape, axes
 
 
@@ -58,12 +58,8 @@ def depthwise(*shape):
     return w(shape, "conv", (last - 1, last), (last - 1,), window)
 
 
-def recurrent(*shape):
-    return w(shape, "recurrent", output=(1,), input=(0,))
-
-
-def conv_recurrent(*shape):
-    return conv(*shape, kind="recurrent")
+def recurrent(*shape, gates=1):
+    return conv(*shape, kind="recurrent", gates=gates)
 
 
 def rows_of(*shape):
@@ -110,8 +106,8 @@ def einsum(equation, output_shape, bias_axes=None):
 
 def lstm_weights(prefix, inputs, units):
     return {
-        f"{prefix}/kernel": recurrent(inputs, 4 * units),
-        f"{prefix}/recurrent_kernel": recurrent(units, 4 * units),
+        f"{prefix}/kernel": recurrent(inputs, 4 * units, gates=4),
+        f"{prefix}/recurrent_kernel": recurrent(units, 4 * units, gates=4),
         f"{prefix}/bias": each((4 * units,)),
     }
 
@@ -166,7 +162,7 @@ GROUPED = {
 }
 GATE = {"gate/kernel": heads((4, 2, 3), "dense"), "gate/bias": each((2, 3))}
 NO_BIAS = {path: a for path, a in ATTENTION.items() if "bias" not in path}
-GAMMA_BETA = {"gamma": each((4,), "norm"), "beta": each((4,))}
+GAMMA_BETA = {"gamma": each((4,), "norm"), "beta": each((4,), "shift")}
 
 ROWS = {
     "Dense": Row(lambda: L.Dense(3), [(2, 4)], DENSE),
@@ -412,22 +408,25 @@ ROWS = {
         lambda: L.LSTMCell(3),
         [(2, 4)],
         {
-            "kernel": recurrent(4, 12),
-            "recurrent_kernel": recurrent(3, 12),
+            "kernel": recurrent(4, 12, gates=4),
+            "recurrent_kernel": recurrent(3, 12, gates=4),
             "bias": each((12,)),
         },
     ),
     "LSTMCell no bias": Row(
         lambda: L.LSTMCell(3, use_bias=False),
         [(2, 4)],
-        {"kernel": recurrent(4, 12), "recurrent_kernel": recurrent(3, 12)},
+        {
+            "kernel": recurrent(4, 12, gates=4),
+            "recurrent_kernel": recurrent(3, 12, gates=4),
+        },
     ),
     "GRUCell": Row(
         lambda: L.GRUCell(3),
         [(2, 4)],
         {
-            "kernel": recurrent(4, 9),
-            "recurrent_kernel": recurrent(3, 9),
+            "kernel": recurrent(4, 9, gates=3),
+            "recurrent_kernel": recurrent(3, 9, gates=3),
             "bias": each((2, 9)),
         },
     ),
@@ -435,8 +434,8 @@ ROWS = {
         lambda: L.GRUCell(3, reset_after=False),
         [(2, 4)],
         {
-            "kernel": recurrent(4, 9),
-            "recurrent_kernel": recurrent(3, 9),
+            "kernel": recurrent(4, 9, gates=3),
+            "recurrent_kernel": recurrent(3, 9, gates=3),
             "bias": each((9,)),
         },
     ),
@@ -455,8 +454,8 @@ ROWS = {
         lambda: L.GRU(3),
         [(2, 7, 4)],
         {
-            "gru_cell/kernel": recurrent(4, 9),
-            "gru_cell/recurrent_kernel": recurrent(3, 9),
+            "gru_cell/kernel": recurrent(4, 9, gates=3),
+            "gru_cell/recurrent_kernel": recurrent(3, 9, gates=3),
             "gru_cell/bias": each((2, 9)),
         },
     ),
@@ -514,8 +513,8 @@ ROWS = {
         lambda: L.ConvLSTM1D(3, 2),
         [(2, 7, 8, 4)],
         {
-            "conv_lstm_cell/kernel": conv_recurrent(2, 4, 12),
-            "conv_lstm_cell/recurrent_kernel": conv_recurrent(2, 3, 12),
+            "conv_lstm_cell/kernel": recurrent(2, 4, 12, gates=4),
+            "conv_lstm_cell/recurrent_kernel": recurrent(2, 3, 12, gates=4),
             "conv_lstm_cell/bias": each((12,)),
         },
     ),
@@ -523,16 +522,18 @@ ROWS = {
         lambda: L.ConvLSTM2D(3, 2, use_bias=False),
         [(2, 7, 8, 8, 4)],
         {
-            "conv_lstm_cell/kernel": conv_recurrent(2, 2, 4, 12),
-            "conv_lstm_cell/recurrent_kernel": conv_recurrent(2, 2, 3, 12),
+            "conv_lstm_cell/kernel": recurrent(2, 2, 4, 12, gates=4),
+            "conv_lstm_cell/recurrent_kernel": recurrent(2, 2, 3, 12, gates=4),
         },
     ),
     "ConvLSTM3D": Row(
         lambda: L.ConvLSTM3D(3, 2),
         [(2, 7, 8, 8, 8, 4)],
         {
-            "conv_lstm_cell/kernel": conv_recurrent(2, 2, 2, 4, 12),
-            "conv_lstm_cell/recurrent_kernel": conv_recurrent(2, 2, 2, 3, 12),
+            "conv_lstm_cell/kernel": recurrent(2, 2, 2, 4, 12, gates=4),
+            "conv_lstm_cell/recurrent_kernel": recurrent(
+                2, 2, 2, 3, 12, gates=4
+            ),
             "conv_lstm_cell/bias": each((12,)),
         },
     ),
@@ -634,7 +635,7 @@ ROWS = {
     "LayerNormalization axes": Row(
         lambda: L.LayerNormalization(axis=(1, 2)),
         [(2, 7, 4)],
-        {"gamma": each((7, 4), "norm"), "beta": each((7, 4))},
+        {"gamma": each((7, 4), "norm"), "beta": each((7, 4), "shift")},
     ),
     "RMSNormalization": Row(
         lambda: L.RMSNormalization(),

@@ -5,6 +5,7 @@ import pytest
 
 import keras_blockwise as kb
 from helpers.cases import make_variables
+from helpers.models import mlp
 
 L = keras.layers
 
@@ -116,6 +117,11 @@ def model_in_a_model():
     return keras.Model(x, head(L.Dense(4, name="a")(x)))
 
 
+needs_reversible_embedding = pytest.mark.skipif(
+    not hasattr(L, "ReversibleEmbedding"), reason="not in this Keras"
+)
+
+
 def shared_layer():
     """A tied embedding makes the output."""
     embedding = L.ReversibleEmbedding(7, 4, name="tied")
@@ -142,7 +148,7 @@ def recurrent():
         (two_outputs, "ab"),
         (with_an_operation, "a"),
         (model_in_a_model, "a"),
-        (shared_layer, "a"),
+        pytest.param(shared_layer, "a", marks=needs_reversible_embedding),
         (wrapped, "a"),
         (recurrent, "a"),
     ],
@@ -177,6 +183,14 @@ def test_an_unknown_output_layer(named):
     blocking = "output_unit" if named else kb.Blocking.from_model(model)
     with pytest.warns(UserWarning, match=UNKNOWN + r"\['.*b/kernel'\]"):
         found = hidden(model, blocking)
+    assert [path.split("/")[-2] for path in found] == ["a"]
+
+
+def test_an_output_layer_of_one_unit():
+    """It is the last, though no matrix."""
+    model = mlp(5, 4, 1, names=("a", "b"))
+    with pytest.warns(UserWarning, match=UNKNOWN + r"\['.*b/kernel'\]"):
+        found = hidden(model, "output_unit")
     assert [path.split("/")[-2] for path in found] == ["a"]
 
 

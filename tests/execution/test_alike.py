@@ -11,6 +11,7 @@ from helpers.arrays import to_numpy
 from helpers.cases import LAST_OF_CLASS
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
+from helpers.cases import some_quick
 from helpers.cases import tensors
 
 # Some state is kept together and some is not; some variables have no like.
@@ -64,7 +65,7 @@ def train(make, parts=(PATHS,), dtype="float32", reverse=False):
     return to_numpy(variables.values())
 
 
-@pytest.mark.parametrize("case", LAST_OF_CLASS, ids=lambda case: case.id)
+@some_quick(LAST_OF_CLASS)
 def test_each_has_the_step_that_it_would_have_alone(case):
     def make():
         return case.make(0.1, weight_decay=0.1, jit_compile=False)

@@ -26,8 +26,15 @@ SHAPES = {
     for i in range(16)
     for name, shape in {"kernel": (2, 3), "bias": (3,)}.items()
 }
-each_wrap = pytest.mark.parametrize("wrap", [eager, graph])
-each_jit_compile = pytest.mark.parametrize("jit_compile", [True, False])
+each_way = pytest.mark.parametrize(
+    "wrap, jit_compile",
+    [
+        (graph, True),
+        (eager, False),
+        pytest.param(eager, True, marks=pytest.mark.slow),
+        pytest.param(graph, False, marks=pytest.mark.slow),
+    ],
+)
 
 
 def variables_on(device_of):
@@ -67,8 +74,7 @@ def some_not_finite(gradients):
     return gradients
 
 
-@each_jit_compile
-@each_wrap
+@each_way
 @pytest.mark.parametrize(
     "case", LAST_OF_CLASS[:1], ids=lambda case: case.cls.__name__
 )
@@ -84,8 +90,7 @@ def test_two_devices_equal_one(case, wrap, jit_compile):
     assert len(functions) == 2 * jit_compile
 
 
-@each_jit_compile
-@each_wrap
+@each_way
 @pytest.mark.parametrize("scheme", ["layer", "model"])
 def test_groups_on_two_devices(scheme, wrap, jit_compile):
     """A layer is on one device, the model is not."""
@@ -97,8 +102,7 @@ def test_groups_on_two_devices(scheme, wrap, jit_compile):
     assert_near(actual, expected)
 
 
-@each_jit_compile
-@each_wrap
+@each_way
 @pytest.mark.parametrize(
     "device_of", [two_devices, lambda layer: SECOND], ids=["both", "second"]
 )
@@ -114,8 +118,7 @@ def test_skip_nonfinite(device_of, wrap, jit_compile):
     assert int(optimizer.skipped_steps) == 1
 
 
-@each_jit_compile
-@each_wrap
+@each_way
 @pytest.mark.parametrize("skip_nonfinite", [True, False])
 def test_a_step_in_the_scope_of_another_device(
     skip_nonfinite, wrap, jit_compile

@@ -52,7 +52,7 @@ def model_parallel():
 DISTRIBUTIONS = {"data": data_parallel, "model": model_parallel}
 
 
-def train(make, distribute=None, fits=2):
+def train(make, distribute=None, fits=2, callbacks=None):
     """A model that was made and trained under a distribution."""
     if distribute:
         distribution.set_distribution(distribute())
@@ -67,7 +67,7 @@ def train(make, distribute=None, fits=2):
         model.compile(make(), "mse")
         x = np.random.default_rng(0).normal(size=(64, 32)).astype("float32")
         for _ in range(fits):
-            model.fit(x, x[:, :1], batch_size=32, shuffle=False, verbose=0)
+            model.fit(x, x[:, :1], 32, 1, 0, callbacks, shuffle=False)
     finally:
         distribution.set_distribution(None)
     return model
@@ -146,3 +146,20 @@ def test_slots_have_the_layout_of_their_variable(axes):
     )
     assert momentum == {(None, "model"): (8, 2), ("model", None): (2, 8)}[axes]
     assert velocity == {(None, "model"): (1, 2), ("model", None): (1, 8)}[axes]
+
+
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_rates_of_a_callback(kind):
+    groups = {".*(up|down)/.*": 1.0, ".*out/.*": 1.0}
+    x = np.random.default_rng(1).normal(size=(32, 32)).astype("float32")
+    found = []
+    for distribute in (None, DISTRIBUTIONS[kind]):
+        own = kb.HessianInformedRates([(x, x[:, :1])], every=2)
+        model = train(
+            lambda: kb.BlockAdam(1e-4, learning_rate_multipliers=groups),
+            distribute,
+            callbacks=[own],
+        )
+        found.append(model.optimizer.learning_rate_multipliers)
+    assert found[1] == pytest.approx(found[0], 1e-3)
+    assert all(value != 1 for value in found[0].values())

@@ -55,6 +55,7 @@ def trained(optimizer, shapes, wrap=eager):
     return to_numpy([v for v in variables if 0 not in v.shape])
 
 
+@pytest.mark.filterwarnings("ignore:The output layer is not known")
 @pytest.mark.parametrize(
     ("scheme", "jit_compile"),
     [*((scheme, False) for scheme in SCHEMES), ("layer", True)],

@@ -11,6 +11,7 @@ from helpers.arrays import assert_differ
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
 from helpers.cases import CASES
+from helpers.cases import HIDDEN
 from helpers.cases import OPTIMIZERS
 from helpers.cases import Case
 from helpers.cases import make_gradients
@@ -33,13 +34,19 @@ if tf is not None:
 ROWS = [
     Case(kb.BlockAdam, {"amsgrad": True}),
     Case(kb.AdamMini),
+    Case(kb.Adalayer, HIDDEN),
     Case(kb.BlockNadam),
     Case(kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
+    Case(kb.BlockMuon, HIDDEN),
     Case(kb.BAG, {"blocking": "model"}),
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
+    Case(kb.BCOS),
     Case(kb.SPAM, {"blocking": "output_unit"}),
     Case(kb.AdaBlock, {"bounds": (8.0, 0.125)}),
 ]
+# The others are slow where they are compiled.
+QUICK = [row for row in ROWS if row.cls is kb.BAGM]
+COMPILED = ("function", "replicas")
 # The last cannot be squared in float32, so the state could not hold it.
 BAD_VALUES = [np.nan, np.inf, -np.inf, 1e30]
 GOOD = make_gradients(3)
@@ -134,9 +141,8 @@ def test_every_optimizer_is_here():
 @pytest.mark.parametrize(
     "row, context, jit",
     marked(
-        *((row, "function", True) for row in ROWS),
         *((row, "eager", False) for row in ROWS),
-        *((row, "replicas", True) for row in ROWS),
+        *((row, mode, True) for row in QUICK for mode in COMPILED),
         (ROWS[0], "function", False),
         (ROWS[0], "eager", True),
         (ROWS[0], "replicas", False),
@@ -144,6 +150,22 @@ def test_every_optimizer_is_here():
     ids=lambda value: getattr(value, "id", value),
 )
 def test_leaves_no_trace(row, context, jit):
+    check_no_trace(row, context, jit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row, context",
+    marked(
+        *((row, mode) for row in ROWS if row not in QUICK for mode in COMPILED)
+    ),
+    ids=lambda value: getattr(value, "id", value),
+)
+def test_leaves_no_trace_compiled(row, context):
+    check_no_trace(row, context, True)
+
+
+def check_no_trace(row, context, jit):
     schedule = keras.optimizers.schedules.ExponentialDecay(0.125, 1, 0.5)
     kwargs = {"jit_compile": jit, "use_ema": True, "learning_rate": schedule}
     if context != "replicas":  # There, Keras cannot overwrite.

@@ -109,6 +109,7 @@ def test_accumulation_fails_as_in_keras(cls):
         step(tf.constant(tokens), tf.constant(targets))
 
 
+@pytest.mark.slow
 def test_fit_equals_one_device():
     """As users train: `fit`, in float32, where sums differ in the order."""
     expected = fit_on(tf.distribute.get_strategy())
@@ -171,10 +172,11 @@ def test_each_replica_calls_a_compiled_update():
             assert all(dim.size >= 0 for dim in argument.dim)
     # Nor is anything of the update left outside.
     plain = concrete_step(functools.partial(kb.BlockAdam, jit_compile=False))
-    assert count_assignments(graph) == count_assignments(plain)
     assert count_assignments(graph, functions.keys() - inside) == (
         count_assignments(plain) - 2 * 9
     )
+    # The replicas share one function.
+    assert len(inside) == 1
 
 
 def test_keras_has_no_compiled_update():

@@ -13,6 +13,7 @@ from helpers.cases import LAST_OF_CLASS
 from helpers.cases import Case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
+from helpers.cases import marks_of
 from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.programs import compiled_functions
@@ -250,6 +251,7 @@ def fitted(optimizer, model=None, jit_compile=False):
     return [history.history["loss"], *to_numpy(model.trainable_variables)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES[:1], ids=lambda case: case.id)
 def test_fit_is_the_same_however_it_is_compiled(case):
     results = [
@@ -285,6 +287,7 @@ def dump_debug_info(tmp_path):
     tf.debugging.experimental.disable_dump_debug_info()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("debugger", ["check_numerics", "dump_debug_info"])
 def test_fit_under_a_debugger(debugger, request, monkeypatch):
     monkeypatch.setattr(execution, "PLAIN_STEPS", 2)
@@ -410,9 +413,7 @@ def test_replicas_are_traced_once(strategy):
     assert all(map(is_xla, compiled_functions(optimizer)))
 
 
-@pytest.mark.parametrize(
-    "case", [CASES[2], CASES[4]], ids=lambda case: case.cls.__name__
-)
+@some_quick(LAST_OF_CLASS[:3])
 def test_fit_on_replicas(case, strategy):
     expected = fitted(case.make(0.1, blocking="layer"))
     with strategy.scope():
@@ -495,7 +496,7 @@ SPARSE_OPTIONS = [
 
 @pytest.mark.parametrize(
     "case, options",
-    [(case, {}) for case in CASES]
+    [pytest.param(case, {}, marks=marks_of(case)) for case in CASES]
     + [(Case(kb.BAGM), options) for options in SPARSE_OPTIONS[1:]],
     ids=lambda x: x.id if isinstance(x, Case) else "-".join(x),
 )
@@ -525,6 +526,7 @@ def test_repeated_rows_are_added_before_they_are_squared():
     np.testing.assert_array_equal(np.ravel(velocity), [0.0, 9.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", SPARSE_OPTIONS, ids="-".join)
 def test_sparse_gradients_on_replicas(options, strategy):
     # Keras itself accumulates gradients on replicas in eager steps only.

@@ -61,11 +61,12 @@ CASES = [
         {"amsgrad": True, **BETAS},
     ),
     Case(kb.AdamMini),
+    Case(kb.Adalayer, HIDDEN),
     Case(kb.BlockNadam, BETAS, Nadam, BETAS),
-    Case(kb.BAGM),
+    Case(kb.BAGM, {"momentum": 0.0}),
     Case(kb.BAGM, {"nesterov": False}),
     Case(kb.BAGM, {"accumulator": "polynomial", "power": 2.0}),
-    Case(kb.BAGM, {"momentum": 0.0}),
+    Case(kb.BAGM),
     Case(kb.BlockMuon, {"momentum": 0.0, "ns_steps": 3, **HIDDEN}),
     Case(kb.BlockMuon, HIDDEN),
     Case(kb.BAG, {}, Adagrad),
@@ -90,18 +91,31 @@ CASES = [
 ]
 # The row of each class with the most state.
 LAST_OF_CLASS = list({case.cls: case for case in CASES}.values())
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+# By default, the row of each class with the most state.
+each_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=case.id,
+            marks=() if case in LAST_OF_CLASS else pytest.mark.slow,
+        )
+        for case in CASES
+    ],
+)
 each_class = pytest.mark.parametrize(
     "case", LAST_OF_CLASS, ids=lambda case: case.cls.__name__
 )
 
 
 def marks_of(case):
-    """Where a case takes seconds: a class of each kind of momentum is quick.
+    """Where a case takes seconds: one row of each kind of momentum is quick.
 
     The others differ from these in what the oracle tests compare.
     """
-    return () if case.cls in (kb.BlockAdam, kb.BAGM) else pytest.mark.slow
+    quick = case.cls in (kb.BlockAdam, kb.BAGM) and case in LAST_OF_CLASS
+    return () if quick else pytest.mark.slow
 
 
 def some_quick(cases):
@@ -129,6 +143,8 @@ SCHEMES = [
     "adam_mini",
     "adam_mini_short",
     "adablock",
+    "adalayer",
+    "adalayer_sgd",
     "none",
 ]
 

@@ -136,6 +136,10 @@ class AdamMini(BlockAdam):
         return m, -lr * m_hat / (np.sqrt(v_hat) + epsilon)
 
 
+class Adalayer(AdamMini):
+    """The same step; what is a block is in the labels."""
+
+
 class SPAM(BlockAdam):
     """As the authors' code has it, but that `v = 0` is no limit."""
 

@@ -11,7 +11,7 @@ from helpers.cases import make_variables
 
 def compiled_functions(optimizer):
     """The functions that XLA has compiled for an optimizer."""
-    return list(optimizer._compiled.functions.values())
+    return [own.function for own in optimizer._compiled.functions.values()]
 
 
 def indices_of_calls(optimizer):

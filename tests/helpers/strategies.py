@@ -20,13 +20,17 @@ TOLERANCE = 1e-11
 
 
 def embedding_model(dtype="float64"):
-    """A model with a sparse gradient, a matrix and a vector."""
+    """A model with a sparse gradient, a matrix and a vector.
+
+    It has the same names wherever it is made: some cases know layers by them.
+    """
     keras.utils.set_random_seed(0)
     layers = keras.layers
     tokens = keras.Input((3,), dtype="int32")
-    x = layers.Embedding(5, 2, dtype=dtype)(tokens)
+    x = layers.Embedding(5, 2, dtype=dtype, name="embedding")(tokens)
     x = layers.Flatten(dtype=dtype)(x)
-    return keras.Model(tokens, layers.Dense(4, dtype=dtype)(x))
+    x = layers.Dense(4, dtype=dtype, name="dense")(x)
+    return keras.Model(tokens, x)
 
 
 def make_batches():

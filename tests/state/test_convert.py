@@ -95,6 +95,7 @@ def brute_force(statistics, partitions):
     return [m for m, p in zip(means, partitions) if p.num_blocks]
 
 
+@pytest.mark.filterwarnings("ignore:The output layer is not known")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", SOURCES)
 def test_from_keras_adam(kind, scheme):
@@ -165,6 +166,9 @@ NESTING = {  # Finer, then coarser.
 MAKE = {
     "BlockAdam": lambda blocking: block_adam(blocking, amsgrad=True),
     "AdamMini": lambda blocking: kb.AdamMini(
+        0.01, blocking=blocking, jit_compile=False
+    ),
+    "Adalayer": lambda blocking: kb.Adalayer(
         0.01, blocking=blocking, jit_compile=False
     ),
     "BAGM": lambda blocking: kb.BAGM(

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import zipfile
 from pathlib import Path
 
 import keras
@@ -45,6 +46,13 @@ def test_loads_and_goes_on(name, format):
     losses = make["train"](model, 4)
     np.testing.assert_allclose(losses, expected["losses"], 1e-5)
     assert len(set(losses)) > 1
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_oldest_keras_knows_all_arguments(name):
+    with zipfile.ZipFile(DATA / f"{name}.keras") as file:
+        text = file.read("config.json")
+    assert make["config_for_all"](text) == json.loads(text)
 
 
 def test_every_optimizer_is_here():

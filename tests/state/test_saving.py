@@ -9,7 +9,7 @@ import pytest
 import keras_blockwise as kb
 from helpers.arrays import assert_same
 from helpers.arrays import refused
-from helpers.cases import CASES
+from helpers.cases import LAST_OF_CLASS
 from helpers.cases import each_case
 from helpers.cases import make_variables
 from helpers.models import mlp
@@ -43,10 +43,10 @@ def two_layers():
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory):
-    """Losses and blocks of every case, here and in a new process."""
+    """Losses and blocks of every class, here and in a new process."""
     folder = tmp_path_factory.mktemp("models")
     paths, here = [], []
-    for i, case in enumerate(CASES):
+    for i, case in enumerate(LAST_OF_CLASS):
         optimizer = case.make(jit_compile=False, weight_decay=0.01)
         model = compiled_eagerly(optimizer)
         for _ in range(3):
@@ -59,7 +59,9 @@ def continued(tmp_path_factory):
     return list(zip(here, run_script(CONTINUE, *paths)))
 
 
-@pytest.mark.parametrize("i", range(len(CASES)), ids=[c.id for c in CASES])
+@pytest.mark.parametrize(
+    "i", range(len(LAST_OF_CLASS)), ids=[c.id for c in LAST_OF_CLASS]
+)
 def test_new_process_goes_on_with_the_same_losses(continued, i):
     here, there = continued[i]
     assert there == here
@@ -410,6 +412,18 @@ ORDER = {
         KERAS + of_each("momentum", "velocity", "velocity_hat"),
     ),
     "AdamMini": (kb.AdamMini(), KERAS + of_each("momentum", "velocity")),
+    "Adalayer": (
+        kb.Adalayer(output_layer="b"),
+        KERAS + of_each("momentum", "velocity"),
+    ),
+    "SGD+Adalayer": (
+        kb.Adalayer(sgd_learning_rate=0.5, output_layer="b"),
+        [
+            *KERAS,
+            *of_each("momentum", paths=PATHS[:2]),
+            *of_each("momentum", "velocity", paths=PATHS[2:]),
+        ],
+    ),
     "BlockNadam": (kb.BlockNadam(), KERAS + of_each("momentum", "velocity")),
     "BAGM": (kb.BAGM(), KERAS + of_each("momentum", "velocity")),
     "no blocks": (kb.BAGM(blocking="none"), KERAS + of_each("momentum")),

@@ -12,10 +12,12 @@ from helpers.arrays import assert_same
 from helpers.arrays import refused
 from helpers.arrays import to_numpy
 from helpers.cases import CASES
+from helpers.cases import LAST_OF_CLASS
 from helpers.cases import each_case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
+from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.models import normal
 from helpers.saving import own_variables
@@ -126,7 +128,15 @@ def assert_alike(build):
 
 
 @each_case
-@pytest.mark.parametrize("blocking", ["layer", "output_unit", MIXED], ids=str)
+@pytest.mark.parametrize(
+    "blocking",
+    [
+        MIXED,
+        pytest.param("layer", marks=pytest.mark.slow),
+        pytest.param("output_unit", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_step_is_that_of_each_by_itself(assert_alike, case, blocking):
     if case.cls is kb.AdaBlock and blocking == "layer":
         blocking = "adablock"  # All matrices, of which none is kept together.
@@ -141,7 +151,7 @@ def test_any_number_together(assert_alike, together):
     assert_alike(together, kb.BlockAdam, amsgrad=True)
 
 
-@each_case
+@some_quick(CASES)
 def test_compiled(build, case):
     results = [
         step_in_order(build(number, case.make, jit_compile=True))
@@ -150,7 +160,7 @@ def test_compiled(build, case):
     assert_near(*results, 2e-6)
 
 
-@each_case
+@some_quick(CASES)
 def test_steps_on_some_of_the_variables(assert_alike, case, together):
     """In another order, and with one or none of those kept together."""
     orders = [[7, 2, 0], [1], list(range(8)), [3, 6, 5]]
@@ -212,7 +222,7 @@ def test_a_step_that_is_not_finite_is_left_out(build, jit_compile):
 
 
 @pytest.mark.tensorflow
-@pytest.mark.parametrize("case", CASES[1:5], ids=lambda case: case.id)
+@some_quick(LAST_OF_CLASS)
 def test_replicas_with_data_of_their_own(build, case):
     strategy = two_replicas()
     steps, sums = replica_gradients(strategy, STEPS, SHAPES)
@@ -235,7 +245,7 @@ def test_replicas_with_data_of_their_own(build, case):
         np.testing.assert_allclose(values[0], other, 2e-6, 2e-6)
 
 
-@each_case
+@some_quick(CASES)
 def test_a_saved_state_does_not_tell(build, case):
     """Each slot is saved by itself, so either loads what the other saved."""
     built = [
@@ -317,6 +327,7 @@ def test_sixteen_small_ones_of_a_kind_are_one_variable():
 
 
 @pytest.mark.tensorflow
+@pytest.mark.slow
 def test_alike_programs_for_alike_variables():
     """XLA compiles once what is the same but for its arguments."""
     kernels = []

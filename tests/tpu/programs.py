@@ -68,6 +68,9 @@ OPTIMIZERS = {
     "AdamMini": lambda model: kb.AdamMini(
         blocking=kb.Blocking.from_model(model, "adam_mini")
     ),
+    "Adalayer": lambda model: kb.Adalayer(
+        blocking=kb.Blocking.from_model(model, "adalayer")
+    ),
 }
 
 

@@ -33,6 +33,10 @@ from helpers.tensorflow import strategy_of
 OPTIMIZERS = {
     "BlockAdam": (kb.BlockAdam, {"amsgrad": True, "weight_decay": 0.01}),
     "AdamMini": (kb.AdamMini, {"momentum_dtype": "bfloat16"}),
+    "Adalayer": (
+        kb.Adalayer,
+        {"sgd_learning_rate": 0.1, "output_layer": ".*bias"},
+    ),
     "BlockNadam": (kb.BlockNadam, {"weight_decay": 0.01}),
     "BAGM": (kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
     "BlockMuon": (kb.BlockMuon, {"output_layer": ".*bias"}),
@@ -194,14 +198,13 @@ DEFAULT = [
     Setting("BlockNadam", "checkpoint", "eager", "accumulation"),
     Setting("BlockRMSprop", "weights", "eager", "mixed_float16"),
     Setting("SPAM", "backup", "eager", "ema"),
-    Setting("BCOS", "keras", "xla", "skip"),
-    Setting("BlockMuon", "keras", "graph"),
-    Setting("AdaBlock", "checkpoint", "graph"),
-    Setting("BAG", "weights", "xla"),
-    Setting("AdamMini", "model_checkpoint", "xla", "mixed_float16"),
+    Setting("BCOS", "keras", "eager", "skip"),
+    Setting("BlockMuon", "keras", "eager"),
+    Setting("Adalayer", "keras", "eager"),
+    Setting("AdaBlock", "checkpoint", "eager"),
+    Setting("BAG", "weights", "eager"),
+    Setting("AdamMini", "model_checkpoint", "eager", "mixed_float16"),
     Setting("BAGM", "backup", "replicas", "ema"),
-    Setting("BlockRMSprop", "checkpoint", "graph", "plain", "replicas"),
-    Setting("BlockAdam", "weights", "replicas", "plain", "graph"),
 ]
 EVERY = {
     *(Setting(o, format, "eager") for o in OPTIMIZERS for format in FORMATS),

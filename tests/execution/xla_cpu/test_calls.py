@@ -12,7 +12,6 @@ from helpers.cases import LAST_OF_CLASS
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
-from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.programs import compiled_functions
 from helpers.programs import indices_of_calls
@@ -42,6 +41,18 @@ STEPS = 3
 BY_VARIABLE = {range(3, 40), range(3)}
 BY_LAYER = {range(4, 40), range(4)}
 ALL = {range(40)}
+# Each compiles thrice: the class that needs the gradient once more is quick.
+one_quick = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=case.id,
+            marks=() if case.cls is kb.BAGM else pytest.mark.slow,
+        )
+        for case in LAST_OF_CLASS
+    ],
+)
 
 
 def train_all(optimizer, wrap):
@@ -50,8 +61,10 @@ def train_all(optimizer, wrap):
     return train(optimizer, make_variables(SHAPES), gradients, wrap, falling)
 
 
-@pytest.mark.parametrize("blocking", ["output_unit", "layer"])
-@some_quick(LAST_OF_CLASS)
+@pytest.mark.parametrize(
+    "blocking", ["output_unit", pytest.param("layer", marks=pytest.mark.slow)]
+)
+@one_quick
 def test_two_calls_have_the_numbers_of_one(case, blocking):
     one, two = [
         case.make(blocking=blocking, weight_decay=0.1, jit_compile=True)
@@ -64,16 +77,14 @@ def test_two_calls_have_the_numbers_of_one(case, blocking):
     assert_near(*ends)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"gradient_accumulation_steps": 2},
-        {"use_ema": True, "ema_overwrite_frequency": 2},
-        {"global_clipnorm": 0.5},
-    ],
-    ids=lambda kwargs: next(iter(kwargs)),
-)
-def test_two_calls_with_the_options_of_keras(kwargs):
+@pytest.mark.slow
+def test_two_calls_with_the_options_of_keras():
+    kwargs = {
+        "gradient_accumulation_steps": 2,
+        "use_ema": True,
+        "ema_overwrite_frequency": 2,
+        "global_clipnorm": 0.5,
+    }
     one, two = [kb.BAGM(0.1, jit_compile=True, **kwargs) for _ in range(2)]
     assert_near(train_all(two, graph), train_all(one, eager))
     assert indices_of_calls(two) == BY_VARIABLE
@@ -115,7 +126,7 @@ def test_vectors_are_joined():
     assert joined(BAGM(), 16, 4096) == []
 
 
-@some_quick(LAST_OF_CLASS)
+@one_quick
 def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
     """The three ways in turn: in a graph, the gradients are others."""
     shapes = dict(list(SHAPES.items())[:28])
@@ -193,6 +204,7 @@ def test_the_last_variables_do_not_wait_for_the_first_gradient():
     assert [needs_the_first(op) for op in updates] == [False, True]
 
 
+@pytest.mark.slow
 def test_replicas_have_the_numbers_of_one_device():
     made = []
 

@@ -5,10 +5,11 @@ import pytest
 import tensorflow as tf
 
 from helpers.arrays import assert_close
+from helpers.cases import CASES
 from helpers.cases import SCHEMES
-from helpers.cases import each_case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
+from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.programs import compiled_functions
 from helpers.programs import has_loop
@@ -61,7 +62,7 @@ def is_cut(short_rows, cut_from):
 
 
 @pytest.mark.parametrize("blocking", ["variable", "coordinate"])
-@each_case
+@some_quick(CASES)
 def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
     own = blocking
     if case.cls is AdaBlock and blocking == "variable":  # Too large.
@@ -80,7 +81,19 @@ def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
     )
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.filterwarnings("ignore:The output layer is not known")
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "output_unit",
+        "layer",
+        *(
+            pytest.param(scheme, marks=pytest.mark.slow)
+            for scheme in SCHEMES
+            if scheme not in ("output_unit", "layer")
+        ),
+    ],
+)
 def test_rows_of_every_scheme(scheme, is_cut):
     def make(**kwargs):
         return BAGM(blocking=scheme, **kwargs)
