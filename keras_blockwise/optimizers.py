@@ -1098,9 +1098,9 @@ class AdaBlock(BlockwiseOptimizer):
         w_b <- w_b - Q diag(s) Q^T m_b
 
     So a block has the steps of Adam along the eigenvectors of V: they turn with
-    the coordinates. Blocks of one entry are `keras.optimizers.Adam`. In S, the
-    rounding error of the dtype takes the place of what is smaller; the authors
-    add 1e-6 to V, which damps small gradients.
+    the coordinates. Blocks of one entry are `keras.optimizers.Adam`. In S,
+    2^-23 of the sum takes the place of what is smaller; the authors add 1e-6 to
+    V, which damps small gradients.
 
     The default blocks are those of the authors' code: chunks of at most 10 of
     the weights that leave one input unit, the window of a convolution for each

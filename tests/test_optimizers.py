@@ -22,6 +22,7 @@ from helpers.cases import SHAPES
 from helpers.cases import each_case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
+from helpers.cases import of_classes
 from helpers.cases import some_quick
 from helpers.training import eager
 from helpers.training import graph
@@ -39,9 +40,7 @@ each_reduction = pytest.mark.parametrize(
 )
 # The last row of each class has all of its statistics.
 BY_CLASS = list({case.cls: case for case in REDUCTIONS}.values())
-each_class = pytest.mark.parametrize(
-    "case", BY_CLASS, ids=lambda case: case.cls.__name__
-)
+each_class = of_classes(BY_CLASS)
 
 
 def pair(case, learning_rate=LEARNING_RATE, **kwargs):

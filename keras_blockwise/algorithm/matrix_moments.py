@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -31,6 +30,9 @@ Bounds = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Most entries of a block: of more, libraries decompose no batches.
 LARGEST = 32
+# Eigenvalues count as at least so much of their sum: float32, and XLA in any
+# dtype, tells no smaller ones from 0.
+LEAST = 2.0**-23
 # In so many steps each draw of layers is another one; then they repeat.
 ROUND = 1024
 # The largest seed that NumPy takes.
@@ -134,16 +136,15 @@ def directions(
 def rotated(step_size: StepSize, v: Tensor, x: Tensor) -> Tensor:
     """`Q diag(step_size(S)) Q^T x`.
 
-    An eigenvalue below what the dtype can tell from 0 counts as that: what is
-    rounded in `x` would else be divided by `epsilon` alone.
+    Without a least eigenvalue, what is rounded in `x` would be divided by
+    `epsilon` alone.
     """
     total = ops.sum(diagonal(v), axis=1, keepdims=True)
     # Some libraries raise an error for what is not finite.
     usable = ops.isfinite(total)
     s, q = ops.linalg.eigh(ops.where(usable, v, ops.zeros_like(v)))
     s = ops.expand_dims(s, 2)
-    dtype = keras.backend.standardize_dtype(v.dtype)
-    least = float(np.finfo(dtype).eps) * total
+    least = LEAST * total
     s = ops.where(ops.logical_and(usable, s < least), least, s)
     # With an infinite moment there is no step, as for single entries.
     s = ops.where(usable, s, total)

@@ -28,7 +28,7 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def changes(gradients, shapes=SHAPES, dtype="float64", wrap=graph, **kwargs):
+def changes(gradients, shapes=SHAPES, dtype="float64", wrap=eager, **kwargs):
     """What training changes in each variable, and the optimizer."""
     variables = make_variables(shapes, dtype)
     before = to_numpy(variables)
@@ -50,19 +50,32 @@ def test_a_step_turns_with_the_coordinates_of_a_block():
     assert_differ([by_entry], [turned], 0.01)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_least_eigenvalue(dtype):
+    """Entries far below the others of their block have shorter steps."""
+    kernel = {"dense/kernel": (1, 2)}
+    gradients = [[np.array([[1.0, 0.0]])], [np.array([[0.0, 2.0**-20]])]]
+    arguments = {"dtype": dtype, "beta_1": 0.0, "beta_2": 0.5, "epsilon": 0.0}
+    (first,), _ = changes(gradients[:1], kernel, **arguments)
+    (both,), _ = changes(gradients, kernel, **arguments)
+    # v = (0.25, 2^-41), of which 2^-23 is 2^-25; the correction is 0.75.
+    assert_close(
+        [both - first], [[[0.0, -0.125 * 0.75**0.5 * 2.0**-7.5]]], 1e-5, 1e-7
+    )
+
+
 def test_the_first_step_of_a_block_has_the_learning_rate_for_a_norm():
     (kernel, bias, _), _ = changes(make_gradients(1, SHAPES), epsilon=0.0)
     assert_close([np.linalg.norm(kernel, axis=1)], [[0.125] * 3], 1e-6)
     assert_close([np.abs(bias)], [[0.125] * 4], 1e-12)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_bounds_hold_the_step_between_them(dtype):
+def test_bounds_hold_the_step_between_them():
     """Along the momentum, all of a step is between two multiples of it."""
     bounds = 2.0, 0.25
     gradients = make_gradients(1, SHAPES) * 3
-    before, _ = changes(gradients[:2], dtype=dtype, bounds=bounds)
-    after, optimizer = changes(gradients, dtype=dtype, bounds=bounds)
+    before, _ = changes(gradients[:2], bounds=bounds)
+    after, optimizer = changes(gradients, bounds=bounds)
     momentum = [v for k, v in slots_of(optimizer).items() if "momentum" in k]
     lowest, highest = (
         0.125 * 2.0 * factor for factor in (1 - 1 / 1.75, 1 + 1 / 0.75)
@@ -74,7 +87,7 @@ def test_bounds_hold_the_step_between_them(dtype):
     for ratio in ratios:
         assert (ratio > lowest * 0.999).all()
         assert (ratio < highest * 1.001).all()
-    free, _ = changes(gradients, dtype=dtype)
+    free, _ = changes(gradients)
     assert_differ(free, after)
 
 
@@ -133,8 +146,8 @@ def test_layers_that_are_drawn(wrap, jit_compile):
         seed=3,
     )
     expected = [x - y for x, y in zip(truth.weights, weights)]
-    # XLA decomposes float64 as it does float32.
-    assert_close(actual, expected, 1e-3 if jit_compile else 1e-9)
+    # XLA decomposes float64 as it does float32. Measured: 8e-5.
+    assert_close(actual, expected, 1e-4 if jit_compile else 1e-9)
 
 
 @pytest.mark.tensorflow
@@ -162,9 +175,11 @@ def test_the_largest_block():
     assert_close([np.linalg.norm(change, axis=0)], [[0.125] * 2], 1e-2)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
-@each_wrap
-def test_what_is_not_finite_stays_in_its_block(wrap, value):
+@pytest.mark.parametrize(
+    ("value", "wrap"),
+    [(np.nan, eager), (np.inf, eager), (1e30, eager), (np.nan, graph)],
+)
+def test_what_is_not_finite_stays_in_its_block(value, wrap):
     """And raises no error, as some libraries do; `1e30` has no square."""
     gradients = make_gradients(2, SHAPES)
     gradients[1][0][0, 0] = value

@@ -13,6 +13,7 @@ from helpers.cases import Case
 from helpers.cases import every_case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
+from helpers.cases import of_classes
 from helpers.cases import slots_of
 from helpers.cases import tensors
 from helpers.tensorflow import tf
@@ -289,9 +290,9 @@ def check_truth(
     # Two units in the last place of what is rounded in each step.
     low = max(dtype, momentum_dtype or dtype, key=TOLERANCES.get)
     tolerance = TOLERANCES[low]
-    if case.cls is kb.AdaBlock:  # The smaller an eigenvalue, the less exact.
-        rough = jit_compile or dtype == "float32"
-        tolerance = max(tolerance, 1e-3 if rough else 0.0)
+    if case.cls is kb.AdaBlock and (jit_compile or dtype == "float32"):
+        # Both find an eigenvalue to 1e-7 of the largest. Measured: 1.5e-5.
+        tolerance = max(tolerance, 2e-5)
     for path, variable, weight in zip(tiles, variables, truth.weights):
         assert_stored(path, variable, weight, dtype, tolerance)
     assert int(optimizer.iterations) == truth.t
@@ -363,9 +364,7 @@ ONE_OF_EACH = [
     Case(kb.AdaBlock, {"bounds": (8.0, 0.125)}),
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
 ]
-each_full_class = pytest.mark.parametrize(
-    "case", ONE_OF_EACH, ids=lambda case: case.cls.__name__
-)
+each_full_class = of_classes(ONE_OF_EACH)
 # Blocks with a mean square, its maximum, and a mean.
 by_statistics = pytest.mark.parametrize(
     "case",
@@ -476,8 +475,14 @@ def test_tiles(case, path, tile):
         Case(kb.BAGM, {"accumulator": "polynomial", "power": 0.0}),
         Case(kb.BAGM, {"accumulator": "polynomial", "nesterov": False}),
         Case(kb.BlockRMSprop, {"rho": 0.0, "epsilon": 0.5}),
-        Case(kb.AdaBlock, {"beta_1": 0.0, "epsilon": 0.5}),
-        Case(kb.AdaBlock, {"beta_2": 0.5, "epsilon": 0.5}),
+        pytest.param(
+            Case(kb.AdaBlock, {"beta_1": 0.0, "epsilon": 0.5}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Case(kb.AdaBlock, {"beta_2": 0.5, "epsilon": 0.5}),
+            marks=pytest.mark.slow,
+        ),
         Case(kb.BCOS, {"momentum": 0.0}),
         Case(kb.BCOS, {"momentum": 0.5, "epsilon": 0.5}),
         Case(kb.BlockMuon, {"beta_2": 0.0, "epsilon": 0.5, **HIDDEN}),
@@ -503,11 +508,7 @@ def test_low_precision(case, dtype):
     assert_differ(variables, make_variables(shapes, dtype))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case for case in ONE_OF_EACH if case.cls is not kb.BAG],
-    ids=lambda case: case.cls.__name__,
-)
+@of_classes([case for case in ONE_OF_EACH if case.cls is not kb.BAG])
 @pytest.mark.parametrize(
     "dtype, momentum_dtype",
     [

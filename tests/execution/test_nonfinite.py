@@ -268,8 +268,9 @@ MODES = {
     "row, mode",
     marked(
         *((ROWS[0], mode) for mode in MODES),
-        *((row, "graph") for row in ROWS[1:]),
-    ),
+        *((row, "graph") for row in ROWS[1:-1]),
+    )
+    + [pytest.param(ROWS[-1], "graph", marks=pytest.mark.slow)],
     ids=lambda value: getattr(value, "id", value),
 )
 def test_fit(row, mode, tmp_path):

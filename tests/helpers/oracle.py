@@ -244,7 +244,7 @@ class AdaBlock(BlockAdam):
             s, q = np.linalg.eigh(new)
             if drawn is not None and not drawn(self.t, self.k):
                 s, q = np.diag(new), np.eye(len(new))
-            s = np.maximum(s, np.finfo(np.float64).eps * np.trace(new))
+            s = np.maximum(s, np.trace(new) / 2**23)
             size = lr * np.sqrt(1 - beta_2**self.t) / (1 - beta_1**self.t)
             size = size / (np.sqrt(s) + epsilon)
             if bounds:
