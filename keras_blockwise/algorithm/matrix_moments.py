@@ -10,6 +10,7 @@ where `step_size(v)` is that of a block of one entry, whose `V` is `v`.
 """
 
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
@@ -51,17 +52,18 @@ class MatrixMoments(NamedTuple):
     layers_per_step: int | None
     seed: int
 
-    def turns(self, count: int) -> np.ndarray | None:
-        """For each of so many variables, in which steps of a round it is drawn.
+    def turns(self, variables: Collection[int]) -> dict[int, np.ndarray]:
+        """In which steps of a round each is drawn; nothing if all always are.
 
         A table, so that it is the same on all backends, devices and workers.
         """
         if self.layers_per_step is None:
-            return None
+            return {}
         # Its numbers are those of any version of NumPy.
-        numbers = np.random.RandomState(self.seed).random_sample((ROUND, count))
-        drawn: np.ndarray = np.argsort(numbers.T, axis=0)
-        return drawn < self.layers_per_step
+        random = np.random.RandomState(self.seed)
+        numbers = random.random_sample((ROUND, len(variables)))
+        drawn = np.argsort(numbers.T, axis=0) < self.layers_per_step
+        return dict(zip(variables, drawn))
 
 
 def columns_of(partition: Partition) -> Matrices | None:
@@ -107,7 +109,7 @@ def directions(
     step_size: StepSize,
     vs: Sequence[Tensor],
     xs: Sequence[Tensor],
-    turns: Sequence[Tensor] | None,
+    turns: Sequence[Tensor],
 ) -> Sequence[Tensor]:
     """The direction of each variable, of shape `(count, n, 1)` as `xs` are.
 
@@ -115,7 +117,7 @@ def directions(
         step_size: That of a second moment.
         vs: Matrices of shape `(count, n, n)`.
         xs: Columns.
-        turns: Whether to decompose those of each; `None` for all of them.
+        turns: Whether to decompose those of each; nothing for all of them.
     """
 
     def by_matrix(v: Tensor, x: Tensor) -> Tensor:
@@ -128,9 +130,9 @@ def directions(
             lambda: step_size(diagonal(v)) * x,
         )
 
-    if turns is None:
-        return together(by_matrix, vs, xs)
-    return list(map(drawn, turns, vs, xs))
+    if turns:
+        return list(map(drawn, turns, vs, xs))
+    return together(by_matrix, vs, xs)
 
 
 def rotated(step_size: StepSize, v: Tensor, x: Tensor) -> Tensor:

@@ -528,13 +528,8 @@ def by_moments(
         count, n, _ = g.shape
         old.append(reshape(v, (count, n, n)))
         new.append(accumulated(at.decay, at.weight, old[-1], g))
-    turns = None
-    if unit.turns is not None:
-        number = ops.mod(at.t - 1.0, ops.cast(ROUND, at.t.dtype))
-        turns = [
-            ops.take(ops.convert_to_tensor(own), ops.cast(number, "int32"))
-            for own in unit.turns
-        ]
+    number = ops.cast(ops.mod(at.t - 1.0, ROUND), "int32")
+    turns = [ops.take(ops.convert_to_tensor(own), number) for own in unit.turns]
     moved = directions(partial(step_size_of, rule, at), new, xs, turns)
     for x, v, before in zip(moved, new, old):
         yield at.if_taken((v,), (before,)), from_matrices(x, unit.matrices)

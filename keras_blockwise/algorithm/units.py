@@ -98,7 +98,7 @@ class MatrixWeights(NamedTuple):
         momentum: The momentum of each, a tuple that may be empty.
         statistics: The statistics of each, in the order of the rule; none
             without blocks.
-        turns: In which steps of a round each is drawn; `None` for all.
+        turns: In which steps of a round each is drawn; nothing for all.
     """
 
     dtype: str
@@ -110,7 +110,7 @@ class MatrixWeights(NamedTuple):
     variables: tuple[Any, ...]
     momentum: tuple[tuple[Any, ...], ...]
     statistics: tuple[tuple[Any, ...], ...]
-    turns: np.ndarray | None = None
+    turns: tuple[np.ndarray, ...] = ()
 
 
 class Batch(NamedTuple):

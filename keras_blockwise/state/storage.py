@@ -157,9 +157,8 @@ class Storage:
             if row
             and (matrices := rule.matrices_of(row.partition, row.matrices))
         }
-        self._turns = None
-        if rule.matrix_moments is not None:
-            self._turns = rule.matrix_moments.turns(len(self._matrices))
+        moments = rule.matrix_moments
+        self._turns = moments.turns(self._matrices) if moments else {}
         # Where a variable has no entry, and nothing to update.
         self.empty = {i for i, p in self._partitions.items() if 0 in p.shape}
         self._keys = accumulator_keys(self.partitions)
@@ -317,10 +316,6 @@ class Storage:
         def parts(i: int, names: Iterable[str]) -> tuple[Part, ...]:
             return tuple(self._together(name, [i])[0][1] for name in names)
 
-        def turns(own: Sequence[int]) -> np.ndarray | None:
-            numbers = [list(self._matrices).index(i) for i in own]
-            return None if self._turns is None else self._turns[numbers]
-
         momentum = ["momentum"] * self.rule.momentum.has_state
         statistics = self.rule.second_moment.statistics
         return [
@@ -337,7 +332,7 @@ class Storage:
                     parts(i, [s for s in statistics if (s, i) in self._slots])
                     for i in own
                 ),
-                turns(own),
+                tuple(self._turns[i] for i in own if self._turns),
             )
             for (dtype, partition, matrices), own in alike.items()
         ]
