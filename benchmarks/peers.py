@@ -21,6 +21,7 @@ from benchmarks.contestants import ADAMW
 from benchmarks.contestants import COPY
 from benchmarks.contestants import FLOOR
 from benchmarks.contestants import MUON
+from benchmarks.contestants import MUON_OF_OURS
 from benchmarks.contestants import OPTAX
 from benchmarks.contestants import Contestant
 from benchmarks.models import Specs
@@ -105,7 +106,7 @@ def muon_steps(
     tensors = [tf.constant(gradient) for gradient in gradients]
     optimizers = {MUON: keras.optimizers.Muon(1e-3, weight_decay=None)}
     for scheme in schemes:
-        optimizers[f"BlockMuon {scheme}"] = kb.BlockMuon(
+        optimizers[f"{MUON_OF_OURS} {scheme}"] = kb.BlockMuon(
             1e-3,
             blocking=scheme,
             output_layer=variables[0].path,

@@ -164,9 +164,15 @@ def layerwise_decay(model: keras.Model, decay: float) -> dict[str, float]:
         )
     factors: dict[str, float] = {}
     owners: dict[str, int] = {}
-    trained = [layer for layer in layers_of(model) if layer.trainable_variables]
-    for depth, layer in enumerate(reversed(trained)):
-        for variable in layer.trainable_variables:
+    trained = {id(v) for v in model.trainable_variables}
+    # A frozen layer tells of no trainable one within it, as LoRA leaves it.
+    by_layer = [
+        own
+        for layer in layers_of(model)
+        if (own := [v for v in layer.variables if id(v) in trained])
+    ]
+    for depth, variables in enumerate(reversed(by_layer)):
+        for variable in variables:
             if owners.setdefault(variable.path, id(variable)) != id(variable):
                 raise ValueError(
                     "The variables of `model` must have paths of their own. "

@@ -227,14 +227,16 @@ class BlockwiseOptimizer(Execution):
         ]
         if rule.matrix_moments is not None:
             rows = rows_alone(variables, rows)
+        are_matrices = [has_matrices(rule, row) for row in rows]
         slots = plan_slots(
             rule,
             [keras.backend.standardize_dtype(v.dtype) for v in variables],
             [row and row.partition for row in rows],
             self.momentum_dtype,
             [
-                (self.place_of(v), i if has_matrices(rule, row) else None)
-                for i, (v, row) in enumerate(zip(variables, rows))
+                # The state of a matrix is kept by itself.
+                (self.place_of(v), i if is_matrix else None)
+                for i, (v, is_matrix) in enumerate(zip(variables, are_matrices))
             ],
         )
         return rows, slots

@@ -266,6 +266,19 @@ def test_layerwise_decay():
     assert kb.layerwise_decay(model, 0.5).keys() == {*paths[2:]}
 
 
+def test_layerwise_decay_of_a_frozen_layer_around_a_trainable_one():
+    """As LoRA leaves the layers of a transformer."""
+    layers = [L.TimeDistributed(L.Dense(4), name="outer"), L.Dense(1)]
+    model = keras.Sequential([keras.Input((2, 3)), *layers], name="net")
+    outer = model.get_layer("outer")
+    outer.trainable = False
+    outer.layer.trainable = True
+    paths = [v.path for v in model.trainable_variables]
+    assert len(paths) == 4
+    multipliers = kb.layerwise_decay(model, 0.5)
+    assert [multipliers[path] for path in paths] == [0.5, 0.5, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("make_model", "decay", "error", "message"),
     [

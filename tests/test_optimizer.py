@@ -425,8 +425,9 @@ def test_mixed_precision_in_fit(case, policy):
     # In a graph the layers round at other places than eagerly.
     tolerance = {"mixed_float16": 5e-3, "mixed_bfloat16": 5e-2}[policy]
     if case.cls is kb.BlockMuon:
-        # It makes small singular values large, and what was rounded in them.
-        tolerance *= 4
+        # It makes small singular values large, and what was rounded in them:
+        # Keras's own Muon differs by 0.8 % here.
+        tolerance *= 2
     assert_fit_like_by_hand(case, model, twin, *make_data(), tolerance)
     assert {v.dtype for v in model.trainable_variables} == {"float32"}
     is_scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)

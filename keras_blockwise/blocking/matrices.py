@@ -36,6 +36,7 @@ def matrices_of(shape: Shape, axes: Axes, per_head: bool) -> Matrices | None:
         or axes.groups > 1
         or set(axes.input) & set(axes.output)
         or len(shape) < 2
+        or 0 in shape
         or shape[-1] % axes.gates
     ):
         return None
@@ -48,8 +49,6 @@ def matrices_of(shape: Shape, axes: Axes, per_head: bool) -> Matrices | None:
         tuple(i for i in range(len(shape)) if (i in axes.output) is is_output)
         for is_output in (False, True)
     ]
-    if 0 in shape:
-        return None
     # Of a matrix and its transpose, always the same one.
     matrices = Matrices(shape, tuple(tile), min(sides))
     return matrices if min(matrices.matrix_shape[1:]) > 1 else None

@@ -55,7 +55,11 @@ class CompiledUpdate(NamedTuple):
     handles: list[Tensor]
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.function(arguments, self.handles)
+        given = map(tf.convert_to_tensor, tf.nest.flatten(arguments))
+        flat = [*given, *self.handles]
+        # A call by its name checks every handle, which takes as long as a step
+        # of small variables.
+        return self.function._call_flat(flat, self.function.captured_inputs)
 
 
 def compile_update(

@@ -13,8 +13,10 @@ from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
 from helpers.models import mlp
+from helpers.models import needs_reversible_embedding
 from helpers.models import optimizer_for
 from helpers.models import product_data
+from helpers.models import subclassed
 from helpers.training import built
 from helpers.training import train
 
@@ -100,19 +102,8 @@ def test_a_guessed_output_layer(rate):
     assert tiles == RATES[rate]
 
 
-class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.first = L.Dense(4, name="a")
-        self.second = L.Dense(3, name="b")
-
-    def call(self, x):
-        return self.second(self.first(x))
-
-
 def test_only_code_knows_the_output_of_a_subclassed_model():
-    model = Subclassed()
-    model(keras.ops.ones((2, 5)))
+    model = subclassed()
     blocking = kb.Blocking.from_model(model, "adalayer")
     with pytest.warns(UserWarning, match=UNKNOWN.format("b/kernel")):
         tiles = tiles_of(model, adalayer(blocking=blocking))
@@ -121,9 +112,7 @@ def test_only_code_knows_the_output_of_a_subclassed_model():
     assert (tiles["a/kernel"], tiles["b/kernel"]) == ((5, 1), (4, 3))
 
 
-@pytest.mark.skipif(
-    not hasattr(L, "ReversibleEmbedding"), reason="not in this Keras"
-)
+@needs_reversible_embedding
 def test_a_tied_embedding_that_is_named():
     embedding = L.ReversibleEmbedding(7, 4, name="tied")
     x = keras.Input((5,))

@@ -6,6 +6,8 @@ import pytest
 import keras_blockwise as kb
 from helpers.cases import make_variables
 from helpers.models import mlp
+from helpers.models import needs_reversible_embedding
+from helpers.models import subclassed
 
 L = keras.layers
 
@@ -117,11 +119,6 @@ def model_in_a_model():
     return keras.Model(x, head(L.Dense(4, name="a")(x)))
 
 
-needs_reversible_embedding = pytest.mark.skipif(
-    not hasattr(L, "ReversibleEmbedding"), reason="not in this Keras"
-)
-
-
 def shared_layer():
     """A tied embedding makes the output."""
     embedding = L.ReversibleEmbedding(7, 4, name="tied")
@@ -156,22 +153,6 @@ def recurrent():
 def test_output_layers(make, layers):
     paths = hidden(make())
     assert [path.split("/")[-2] for path in paths] == list(layers)
-
-
-class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.first = L.Dense(4, name="a")
-        self.second = L.Dense(3, name="b")
-
-    def call(self, x):
-        return self.second(self.first(x))
-
-
-def subclassed():
-    model = Subclassed()
-    model(keras.ops.ones((2, 5)))
-    return model
 
 
 UNKNOWN = "The output layer is not known. Taken for it, since it is the last: "

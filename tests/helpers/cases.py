@@ -94,54 +94,45 @@ LAST_OF_CLASS = list({case.cls: case for case in CASES}.values())
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
-def of_classes(cases):
-    """One row per class, of which that of AdaBlock is slow.
+def is_quick(case):
+    """Where a case takes seconds: one row of each kind of momentum is quick.
 
-    It differs from the others in what the oracle and its own tests compare.
+    The others differ from these in what the oracle tests compare.
     """
+    return case.cls in (kb.BlockAdam, kb.BAGM) and case in LAST_OF_CLASS
+
+
+def marks_of(case, is_quick=is_quick):
+    return () if is_quick(case) else pytest.mark.slow
+
+
+def some_quick(cases, is_quick=is_quick):
+    """Cases of which the others are slow."""
+    return pytest.mark.parametrize(
+        "case",
+        [pytest.param(c, id=c.id, marks=marks_of(c, is_quick)) for c in cases],
+    )
+
+
+def is_default(case):
+    """AdaBlock differs from the others in what its own tests compare."""
+    return case.cls is not kb.AdaBlock
+
+
+def of_classes(cases):
+    """One row per class."""
     return pytest.mark.parametrize(
         "case",
         [
-            pytest.param(
-                case,
-                id=case.cls.__name__,
-                marks=pytest.mark.slow if case.cls is kb.AdaBlock else (),
-            )
-            for case in cases
+            pytest.param(c, id=c.cls.__name__, marks=marks_of(c, is_default))
+            for c in cases
         ],
     )
 
 
 each_class = of_classes(LAST_OF_CLASS)
-BY_DEFAULT = [case for case in LAST_OF_CLASS if case.cls is not kb.AdaBlock]
-each_case = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            id=case.id,
-            marks=() if case in BY_DEFAULT else pytest.mark.slow,
-        )
-        for case in CASES
-    ],
-)
-
-
-def marks_of(case):
-    """Where a case takes seconds: one row of each kind of momentum is quick.
-
-    The others differ from these in what the oracle tests compare.
-    """
-    quick = case.cls in (kb.BlockAdam, kb.BAGM) and case in LAST_OF_CLASS
-    return () if quick else pytest.mark.slow
-
-
-def some_quick(cases):
-    """Cases of which most are slow."""
-    return pytest.mark.parametrize(
-        "case",
-        [pytest.param(c, id=c.id, marks=marks_of(c)) for c in cases],
-    )
+# By default, the row of each class with the most state.
+each_case = some_quick(CASES, lambda c: c in LAST_OF_CLASS and is_default(c))
 
 
 OPTIMIZERS = [

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 
 import keras_blockwise as kb
 
@@ -88,3 +89,27 @@ def all_subclasses(cls):
     for child in cls.__subclasses__():
         yield child
         yield from all_subclasses(child)
+
+
+class Subclassed(keras.Model):
+    """Of two layers, whose order only code knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = keras.layers.Dense(4, name="a")
+        self.second = keras.layers.Dense(3, name="b")
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def subclassed():
+    model = Subclassed()
+    model(keras.ops.ones((2, 5)))
+    return model
+
+
+needs_reversible_embedding = pytest.mark.skipif(
+    not hasattr(keras.layers, "ReversibleEmbedding"),
+    reason="this Keras has no `ReversibleEmbedding`",
+)

@@ -12,6 +12,7 @@ from helpers.cases import LAST_OF_CLASS
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
+from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.programs import compiled_functions
 from helpers.programs import indices_of_calls
@@ -42,17 +43,7 @@ BY_VARIABLE = {range(3, 40), range(3)}
 BY_LAYER = {range(4, 40), range(4)}
 ALL = {range(40)}
 # Each compiles thrice: the class that needs the gradient once more is quick.
-one_quick = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            id=case.id,
-            marks=() if case.cls is kb.BAGM else pytest.mark.slow,
-        )
-        for case in LAST_OF_CLASS
-    ],
-)
+one_quick = some_quick(LAST_OF_CLASS, lambda case: case.cls is kb.BAGM)
 
 
 def train_all(optimizer, wrap):
