@@ -225,9 +225,7 @@ class BlockwiseOptimizer(Execution):
         rows = [
             None if self.has_no_update(v) else next(resolved) for v in variables
         ]
-        if rule.matrix_moments is not None:
-            rows = rows_alone(variables, rows)
-        are_matrices = [has_matrices(rule, row) for row in rows]
+        rows = rows_for(rule, variables, rows)
         slots = plan_slots(
             rule,
             [keras.backend.standardize_dtype(v.dtype) for v in variables],
@@ -235,8 +233,8 @@ class BlockwiseOptimizer(Execution):
             self.momentum_dtype,
             [
                 # The state of a matrix is kept by itself.
-                (self.place_of(v), i if is_matrix else None)
-                for i, (v, is_matrix) in enumerate(zip(variables, are_matrices))
+                (self.place_of(v), i if has_matrices(rule, row) else None)
+                for i, (v, row) in enumerate(zip(variables, rows))
             ],
         )
         return rows, slots
@@ -360,14 +358,16 @@ def has_matrices(rule: Rule, row: Row | None) -> bool:
     return rule.matrices_of(row.partition, row.matrices) is not None
 
 
-def rows_alone(
-    variables: Sequence[Variable], rows: Sequence[Row | None]
+def rows_for(
+    rule: Rule, variables: Sequence[Variable], rows: Sequence[Row | None]
 ) -> list[Row | None]:
-    """The blocks of each variable, none of them shared.
+    """The blocks of each variable, none of them shared if they have matrices.
 
     Raises:
         ValueError: If a block is too large to have a matrix.
     """
+    if rule.matrix_moments is None:
+        return list(rows)
     for variable, row in zip(variables, rows):
         if row is not None:
             check_blocks(path_of(variable), row.partition)
