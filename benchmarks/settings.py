@@ -64,6 +64,7 @@ OPTIMIZERS = {
     "Adalayer": Setting(kb.Adalayer, ADAM_RATES, "adalayer"),
     "SPAM": Setting(kb.SPAM, ADAM_RATES, "coordinate"),
     "BCOS": Setting(kb.BCOS, ADAM_RATES, "coordinate"),
+    "AdaBlock": Setting(kb.AdaBlock, ADAM_RATES, "adablock"),
     "BlockRMSprop": Setting(kb.BlockRMSprop, (1e-3, 3e-3, 1e-2), "output_unit"),
     # From zero, as published: 0.1 is far above the squares of these gradients.
     "BAG": Setting(

@@ -10,6 +10,7 @@ from keras_blockwise.optimizers import BAG
 from keras_blockwise.optimizers import BAGM
 from keras_blockwise.optimizers import BCOS
 from keras_blockwise.optimizers import SPAM
+from keras_blockwise.optimizers import AdaBlock
 from keras_blockwise.optimizers import Adalayer
 from keras_blockwise.optimizers import AdamMini
 from keras_blockwise.optimizers import BlockAdam
@@ -24,6 +25,7 @@ from keras_blockwise.summary import summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaBlock",
     "Adalayer",
     "AdamMini",
     "BAG",

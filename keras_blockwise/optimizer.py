@@ -9,9 +9,11 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_blockwise.algorithm.matrix_moments import check_blocks
 from keras_blockwise.algorithm.step import Rule
 from keras_blockwise.algorithm.step_sizes import StepSizes
 from keras_blockwise.algorithm.step_sizes import step_sizes
+from keras_blockwise.blocking.axes import path_of
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.blocking import Row
 from keras_blockwise.blocking.blocking import Tile
@@ -226,7 +228,7 @@ class BlockwiseOptimizer(Execution):
         rows = [
             None if self.has_no_update(v) else next(resolved) for v in variables
         ]
-        are_matrices = [bool(by_matrix and r and r.matrices) for r in rows]
+        rows = rows_for(rule, variables, rows)
         slots = plan_slots(
             rule,
             [keras.backend.standardize_dtype(v.dtype) for v in variables],
@@ -234,8 +236,8 @@ class BlockwiseOptimizer(Execution):
             self.momentum_dtype,
             [
                 # The state of a matrix is kept by itself.
-                (self.place_of(v), i if is_matrix else None)
-                for i, (v, is_matrix) in enumerate(zip(variables, are_matrices))
+                (self.place_of(v), i if has_matrices(rule, row) else None)
+                for i, (v, row) in enumerate(zip(variables, rows))
             ],
         )
         return rows, slots
@@ -350,6 +352,29 @@ def check_methods(cls: Any) -> None:
             "`hvd.DistributedGradientTape` or "
             "`tf.distribute.MultiWorkerMirroredStrategy`."
         )
+
+
+def has_matrices(rule: Rule, row: Row | None) -> bool:
+    """Whether a variable takes a step by matrices."""
+    if row is None:
+        return False
+    return rule.matrices_of(row.partition, row.matrices) is not None
+
+
+def rows_for(
+    rule: Rule, variables: Sequence[Variable], rows: Sequence[Row | None]
+) -> list[Row | None]:
+    """The blocks of each variable, none of them shared if they have matrices.
+
+    Raises:
+        ValueError: If a block is too large to have a matrix.
+    """
+    if rule.matrix_moments is None:
+        return list(rows)
+    for variable, row in zip(variables, rows):
+        if row is not None:
+            check_blocks(path_of(variable), row.partition)
+    return [row and row.alone() for row in rows]
 
 
 def groups_of(optimizer: BlockwiseOptimizer) -> dict[str, list[Variable]]:

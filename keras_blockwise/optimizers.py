@@ -8,6 +8,7 @@ import keras
 
 from keras_blockwise.algorithm import accumulators
 from keras_blockwise.algorithm import conditional
+from keras_blockwise.algorithm import matrix_moments
 from keras_blockwise.algorithm import momentum as momenta
 from keras_blockwise.algorithm import second_moment as second_moments
 from keras_blockwise.algorithm import spikes
@@ -20,6 +21,7 @@ from keras_blockwise.validation import check_choice
 from keras_blockwise.validation import check_fraction
 from keras_blockwise.validation import check_integer
 from keras_blockwise.validation import check_non_negative
+from keras_blockwise.validation import check_positive_pair
 from keras_blockwise.validation import check_relative_rate
 
 
@@ -1079,4 +1081,134 @@ class BlockMuon(BlockwiseOptimizer):
             "epsilon": self.epsilon,
             "ns_steps": self.ns_steps,
             "output_layer": self.output_layer,
+        }
+
+
+@keras.saving.register_keras_serializable("keras_blockwise")
+class AdaBlock(BlockwiseOptimizer):
+    """Adam with a matrix of second moments per block of weights.
+
+    With `m_b` and `g_b` the entries of block b as columns, and t = 1, 2, ...:
+
+        m <- beta_1 * m + (1 - beta_1) * g                    per weight
+        V <- beta_2 * V + (1 - beta_2) * g_b g_b^T            per block
+        Q diag(S) Q^T = V
+        s = learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t)
+            / (sqrt(S) + epsilon)
+        w_b <- w_b - Q diag(s) Q^T m_b
+
+    So a block has the steps of Adam along the eigenvectors of V: they turn with
+    the coordinates. Blocks of one entry are `keras.optimizers.Adam`. In S,
+    2^-23 of the sum takes the place of what is smaller; the authors add 1e-6 to
+    V, which damps small gradients.
+
+    The default blocks are those of the authors' code: chunks of at most 10 of
+    the weights that leave one input unit, the window of a convolution for each
+    pair of channels, up to 32 entries, and single entries of all others. The
+    state is 1 + n numbers per weight in blocks of n, 2 where n = 1;
+    `keras_blockwise.summary` tells it for a model. A step takes the
+    decomposition of a matrix for every block.
+
+    Args:
+        learning_rate: As in `BlockAdam`. Defaults to `0.001`.
+        beta_1: Decay rate of the momentum, in [0, 1). Defaults to `0.9`.
+        beta_2: Decay rate of the second moment, in [0, 1). Defaults to
+            `0.999`.
+        epsilon: Small number that keeps the division finite, added outside
+            the root. Defaults to `1e-4`.
+        bounds: A pair `(final, gamma)` of numbers > 0, by which every s is at
+            least `learning_rate * final * (1 - 1 / (gamma * t + 1))` and at
+            most `learning_rate * final * (1 + 1 / (gamma * t))`. So the method
+            turns into SGD with momentum and a learning rate `final` times as
+            large, the sooner the larger `gamma` is. The authors' are `(500,
+            1e-3)` at the default learning rate. Defaults to `None`: no bounds.
+        layers_per_step: Of how many variables a step decomposes the matrices,
+            an integer >= 1. They are drawn anew in each step, from all that
+            have any; the others take the diagonal of V for S. This saves time,
+            not memory. Defaults to `None`: of all.
+        seed: What the draws are made from, an integer in [0, 2^32 - 1].
+            Defaults to `None`, which is 0: all workers must draw the same.
+        blocking: As in `BlockAdam`, with blocks of at most 32 entries. Where
+            variables would share one, each has its own. Defaults to
+            `"adablock"`.
+        momentum_dtype: As in `BlockAdam`.
+        jit_compile: As in `BlockAdam`.
+        **kwargs: The other arguments of `keras.optimizers.Optimizer`:
+            `weight_decay`, `clipnorm`, `use_ema`, ...
+
+    Raises:
+        ValueError, TypeError: If an argument is out of its range; in `build`,
+            if a block is too large.
+
+    Example:
+
+    >>> optimizer = AdaBlock(learning_rate=1e-3, layers_per_step=1)
+    >>> model.compile(optimizer=optimizer, loss="mse")
+
+    Reference:
+
+    - [Yun et al., 2019](https://arxiv.org/abs/1905.10757), and the authors'
+      code
+    """
+
+    state_family = "adablock"
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-4,
+        bounds: Sequence[float] | None = None,
+        layers_per_step: int | None = None,
+        seed: int | None = None,
+        blocking: str | Tile | Blocking = "adablock",
+        momentum_dtype: str | None = None,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            learning_rate,
+            blocking=blocking,
+            momentum_dtype=momentum_dtype,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        self.beta_1 = check_fraction("beta_1", beta_1)
+        self.beta_2 = check_fraction("beta_2", beta_2)
+        self.epsilon = check_non_negative("epsilon", epsilon)
+        self.bounds = check_positive_pair("bounds", bounds)
+        self.layers_per_step = layers_per_step
+        if layers_per_step is not None:
+            check_integer("layers_per_step", layers_per_step, 1)
+        self.seed = seed
+        if seed is not None:
+            check_integer("seed", seed, 0, matrix_moments.LAST_SEED)
+
+    def rule(self) -> Rule:
+        bounds = None
+        if self.bounds:
+            final, gamma = self.bounds
+            bounds = matrix_moments.bounds(final, gamma, self.beta_1)
+        return Rule(
+            second_moment=second_moments.mean_of_squares(),
+            accumulator=accumulators.exponential(self.beta_2),
+            root=second_moments.epsilon_outside(self.epsilon),
+            momentum=momenta.ema(self.beta_1),
+            momentum_of_gradient=True,
+            matrix_moments=matrix_moments.MatrixMoments(
+                self.layers_per_step, self.seed or 0
+            ),
+            bounds=bounds,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "beta_1": self.beta_1,
+            "beta_2": self.beta_2,
+            "epsilon": self.epsilon,
+            "bounds": self.bounds,
+            "layers_per_step": self.layers_per_step,
+            "seed": self.seed,
         }

@@ -106,6 +106,20 @@ def check_integer(
     return int(value)
 
 
+def check_positive_pair(name: str, value: Any) -> list[float] | None:
+    """Two numbers > 0, or `None`."""
+    if value is None:
+        return None
+    pair = value if isinstance(value, (tuple, list)) else ()
+    valid = [float(x) for x in pair if is_number(x) and 0 < x < math.inf]
+    if len(valid) != len(pair) or len(pair) != 2:
+        raise ValueError(
+            f"`{name}` must be `None` or a pair of numbers > 0. Received: "
+            f"{name}={value!r}."
+        )
+    return valid
+
+
 def check_keras_numbers(arguments: Mapping[str, Any]) -> None:
     """Arguments of Keras's base class that it computes with, unchecked."""
     for name in KERAS_NUMBERS & arguments.keys():

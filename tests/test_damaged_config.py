@@ -32,6 +32,7 @@ OPTIMIZERS = [
     lambda: kb.BlockRMSprop(blocking="model", clipnorm=1.0),
     lambda: kb.AdamMini(),
     lambda: kb.BlockMuon(output_layer="dense"),
+    lambda: kb.AdaBlock(bounds=(8.0, 0.125), layers_per_step=1, seed=1),
     lambda: kb.Adalayer(sgd_learning_rate=0.1, output_layer="dense"),
     lambda: kb.BAG(skip_nonfinite=True),
 ]

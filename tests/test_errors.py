@@ -52,6 +52,8 @@ FRACTIONS = [
     (kb.BAGM, "beta_2"),
     (kb.BlockMuon, "momentum"),
     (kb.BlockMuon, "beta_2"),
+    (kb.AdaBlock, "beta_1"),
+    (kb.AdaBlock, "beta_2"),
     (kb.BlockRMSprop, "rho"),
     (kb.BCOS, "momentum"),
     (kb.SPAM, "beta_1"),
@@ -68,6 +70,7 @@ NON_NEGATIVE = [
     (kb.BAG, "epsilon"),
     (kb.BAG, "initial_accumulator_value"),
     (kb.BlockMuon, "epsilon"),
+    (kb.AdaBlock, "epsilon"),
     (kb.BlockRMSprop, "epsilon"),
     (kb.BCOS, "epsilon"),
     (kb.SPAM, "epsilon"),
@@ -119,9 +122,19 @@ INTEGERS = [
         (kb.SPAM, "reset_every", 1, "inf"),
         (kb.BlockMuon, "ns_steps", 1, "inf"),
         (kb.SPAM, "reset_warmup", 0, 500),
+        (kb.AdaBlock, "layers_per_step", 1, "inf"),
+        (kb.AdaBlock, "seed", 0, 2**32 - 1),
     ]
     for value in (*NOT_NUMBERS, 0.5, 2.0, least - 1, math.inf)
+    if value is not None or cls is not kb.AdaBlock
 ] + [(kb.SPAM, "reset_warmup", 501, r"an integer in \[0, 500\]")]
+PAIRS = [
+    (kb.AdaBlock, "bounds", value, "`None` or a pair of numbers > 0")
+    for value in (
+        *(0.5, "ab", (1.0,), (1.0, 2.0, 3.0), (0.0, 1.0), (1.0, 0.0)),
+        *((1.0, -1.0), (math.inf, 1.0), (1.0, math.nan), (True, 1.0)),
+    )
+]
 BESIDE = [
     (kb.Adalayer, "sgd_learning_rate", value, "a number >= 0 beside")
     for value in (
@@ -130,7 +143,14 @@ BESIDE = [
     )
 ]
 # Class, argument, value, and what the argument must be.
-ARGUMENTS = [*NUMBERS, *INTEGERS, *CHOICES, *LEARNING_RATES, *BESIDE]
+ARGUMENTS = [
+    *NUMBERS,
+    *INTEGERS,
+    *PAIRS,
+    *CHOICES,
+    *LEARNING_RATES,
+    *BESIDE,
+]
 
 KNOWN = "'coordinate'.*'layer'.*'model'.*'output_unit'.*'variable'"
 SCHEME = "must be a string, or a tuple of positive integers and `None`"
@@ -368,6 +388,14 @@ OTHERS = {
         ValueError,
         "`output_layer` must be the path of a layer .*Received: "
         rf"output_layer='head', which matches none of\s+{PATHS}",
+    ),
+    "a block that is too large": (
+        lambda: kb.AdaBlock(blocking="output_unit").build(
+            make_variables({"q/kernel": (33, 3), "q/bias": (3,)})
+        ),
+        ValueError,
+        r"of variable 'q/kernel' must have at most 32 entries.*Received: blocks"
+        r' of \(33, 1\), 33 entries. Use `blocking="adablock"`, or',
     ),
     "meaning of an axis": (
         lambda: kb.register_layer_axes(gain="output width"),

@@ -22,6 +22,7 @@ from helpers.cases import SHAPES
 from helpers.cases import each_case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
+from helpers.cases import of_classes
 from helpers.cases import some_quick
 from helpers.training import eager
 from helpers.training import graph
@@ -39,9 +40,7 @@ each_reduction = pytest.mark.parametrize(
 )
 # The last row of each class has all of its statistics.
 BY_CLASS = list({case.cls: case for case in REDUCTIONS}.values())
-each_class = pytest.mark.parametrize(
-    "case", BY_CLASS, ids=lambda case: case.cls.__name__
-)
+each_class = of_classes(BY_CLASS)
 
 
 def pair(case, learning_rate=LEARNING_RATE, **kwargs):
@@ -291,6 +290,7 @@ NON_DEFAULT = {
     "beta_1": 0.5,
     "beta_2": 0.75,
     "blocking": BLOCKING,
+    "bounds": [50.0, 0.25],
     "centered": True,
     "clipnorm": 1.5,
     "clipvalue": 2.5,
@@ -301,6 +301,7 @@ NON_DEFAULT = {
     "gradient_accumulation_steps": 4,
     "initial_accumulator_value": 0.5,
     "jit_compile": False,
+    "layers_per_step": 2,
     "learning_rate": 0.125,
     "learning_rate_multipliers": {"a/kernel": 0.5, ".*/bias": 0.0},
     "loss_scale_factor": 8.0,
@@ -313,6 +314,7 @@ NON_DEFAULT = {
     "reset_every": 200,
     "reset_warmup": 20,
     "rho": 0.25,
+    "seed": 5,
     "sgd_learning_rate": [0.5, 0.25],
     "skip_nonfinite": True,
     "spike_threshold": 25.0,

@@ -120,6 +120,7 @@ OPTIMIZERS = {
     "BlockRMSprop": (kb.BlockRMSprop, {}),
     "SPAM": (kb.SPAM, {}),
     "BCOS": (kb.BCOS, {}),
+    "AdaBlock": (kb.AdaBlock, {}),
     "centered": (kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
 }
 SCHEMES = ["coordinate", "output_unit", "head", "layer", "model", "adam_mini"]

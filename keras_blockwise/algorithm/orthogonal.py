@@ -98,11 +98,11 @@ def is_transposed(matrices: Matrices) -> bool:
 
 
 def together(
-    function: Callable[[Tensor], Tensor], xs: Sequence[Tensor]
+    function: Callable[..., Tensor], *arguments: Sequence[Tensor]
 ) -> Sequence[Tensor]:
-    """`function` of all matrices of one shape at once."""
-    if len(xs) == 1:
-        return [function(xs[0])]
-    count = xs[0].shape[0]
-    new = function(ops.concatenate(xs))
-    return [new[i : i + count] for i in range(0, count * len(xs), count)]
+    """`function` of all matrices of one shape at once, for each argument."""
+    if len(arguments[0]) == 1:
+        return [function(*(xs[0] for xs in arguments))]
+    count, total = arguments[0][0].shape[0], len(arguments[0])
+    new = function(*(ops.concatenate(xs) for xs in arguments))
+    return [new[i : i + count] for i in range(0, count * total, count)]

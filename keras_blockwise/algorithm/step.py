@@ -16,6 +16,9 @@ A rule with a `matrix_function` takes another step where a variable is a matrix:
     s = mean_b(x^2); v as above; x = x / root(v)
     w <- w - learning_rate * (weight_decay * w + RMS * x / sqrt(mean(x^2)))
 
+and one with `matrix_moments` another where a block has several entries, whose
+`v` is a matrix: see there.
+
 `v` and `step_size` are numbers of a block, `m` and `w` of an entry. Without
 blocks, `step_size = learning_rate`, or the root is 1. A multiplier is a factor
 of the learning rate of one variable. The forms of `v` and `root` are in
@@ -44,6 +47,12 @@ from keras_blockwise.algorithm.blocks import join
 from keras_blockwise.algorithm.blocks import reshape
 from keras_blockwise.algorithm.blocks import split
 from keras_blockwise.algorithm.blocks import spread
+from keras_blockwise.algorithm.matrix_moments import ROUND
+from keras_blockwise.algorithm.matrix_moments import Bounds
+from keras_blockwise.algorithm.matrix_moments import MatrixMoments
+from keras_blockwise.algorithm.matrix_moments import accumulated
+from keras_blockwise.algorithm.matrix_moments import columns_of
+from keras_blockwise.algorithm.matrix_moments import directions
 from keras_blockwise.algorithm.momentum import Momentum
 from keras_blockwise.algorithm.momentum import Update
 from keras_blockwise.algorithm.orthogonal import RMS
@@ -62,7 +71,9 @@ from keras_blockwise.algorithm.units import BlockUpdate
 from keras_blockwise.algorithm.units import EntryUpdate
 from keras_blockwise.algorithm.units import MatrixWeights
 from keras_blockwise.algorithm.units import Weights
+from keras_blockwise.blocking.partition import Matrices
 from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.blocking.partition import Shape
 
 Tensor = Any
 # The new statistics, and the new weight and its new momentum if it has one.
@@ -73,9 +84,8 @@ MatrixUpdate = tuple[Tensors, Tensors]
 class Rule:
     """What makes the step one optimizer or another.
 
-    With a `matrix_function`, the momentum is free of the learning rate, which
-    multiplies the direction. `plain_rate` is the rate of variables without
-    blocks, and the learning rate that it stands beside.
+    `plain_rate` is the rate of variables without blocks, and the learning rate
+    that it stands beside.
     """
 
     second_moment: SecondMoment
@@ -85,7 +95,37 @@ class Rule:
     momentum_of_gradient: bool = False
     limit: Limit | None = None
     matrix_function: MatrixFunction | None = None
+    matrix_moments: MatrixMoments | None = None
+    bounds: Bounds | None = None
     plain_rate: Sequence[float] | None = None
+
+    @property
+    def rate_last(self) -> bool:
+        """Whether the learning rate multiplies the direction.
+
+        The momentum, and the bounds of step sizes, are free of it then.
+        """
+        return any((self.matrix_function, self.matrix_moments))
+
+    def matrices_of(
+        self, partition: Partition, hidden: Matrices | None
+    ) -> Matrices | None:
+        """What takes a step by matrices, in a variable; `None` if nothing.
+
+        Args:
+            partition: Its blocks.
+            hidden: What it is as hidden matrices.
+        """
+        if self.matrix_moments is not None:
+            return columns_of(partition)
+        return hidden if self.matrix_function is not None else None
+
+    def statistic_shape(self, partition: Partition) -> Shape:
+        """The shape of each statistic of a variable."""
+        shape, n = partition.accumulator_shape, partition.block_size
+        if self.matrix_moments is None or columns_of(partition) is None:
+            return shape
+        return (*shape, n, n)
 
     @property
     def plain_factor(self) -> float:
@@ -106,6 +146,8 @@ class Scalars(NamedTuple):
     root_correction: Tensor
     numerator: Tensor
     momentum: Update
+    bounds: tuple[Tensor, Tensor] | None
+    t: Tensor
     taken: Tensor = True
 
     @classmethod
@@ -115,7 +157,7 @@ class Scalars(NamedTuple):
         decay, weight, correction = rule.accumulator(t)
         root = correction**0.5
         rate = learning_rate
-        if rule.matrix_function is not None:
+        if rule.rate_last:
             rate = ops.ones_like(learning_rate)
         return cls(
             learning_rate,
@@ -125,6 +167,8 @@ class Scalars(NamedTuple):
             root_correction=root,
             numerator=rate * root,
             momentum=rule.momentum.at(t),
+            bounds=rule.bounds and rule.bounds(t),
+            t=t,
             taken=taken,
         )
 
@@ -357,7 +401,12 @@ def block_step(
 
 def step_size_of(rule: Rule, at: Scalars, v: Tensor) -> Tensor:
     """The step size of each block, by its second moment."""
-    return at.numerator / rule.root(v, at.root_correction)
+    step_size = at.numerator / rule.root(v, at.root_correction)
+    if at.bounds is not None:
+        low, high = at.bounds
+        step_size = ops.where(step_size < low, low, step_size)
+        step_size = ops.where(step_size > high, high, step_size)
+    return step_size
 
 
 def entry_step(
@@ -375,7 +424,7 @@ def entry_step(
         if len(multiplier.shape):
             multiplier = reshape(multiplier, w.shape)
         learning_rate = learning_rate * multiplier
-        if rule.matrix_function is None:
+        if not rule.rate_last:
             step_size = step_size * multiplier
     m = state[0] if state else None
     if rule.momentum_of_gradient:
@@ -383,7 +432,7 @@ def entry_step(
         direction = step_size * x
     else:
         m, direction = at.momentum(m, step_size * g)
-    if rule.matrix_function is not None:
+    if rule.rate_last:
         direction = learning_rate * direction
     w_decayed = decayed(w, weight_decay, learning_rate)
     new = (w_decayed - direction, *([m] if state else []))
@@ -408,8 +457,8 @@ def matrix_step(
     multipliers: Tensor | None,
 ) -> list[MatrixUpdate]:
     """The new statistics, weight and momentum of each variable of a unit."""
-    function = cast(MatrixFunction, rule.matrix_function)
     momentum = []
+    columns = []
     moved = []
     for position, state in zip(unit.positions, unit.momentum):
         g, *old = (
@@ -419,11 +468,19 @@ def matrix_step(
         m, x = at.momentum(old[0] if old else None, g)
         momentum.append(at.if_taken((m,), tuple(old)) if old else ())
         moved.append(to_matrices(x, unit.matrices))
+        columns.append(g)
+    steps: Iterator[tuple[Tensors, Tensor]]
+    if rule.matrix_moments is not None:
+        steps = by_moments(rule, at, unit, columns, moved)
+    else:
+        function = cast(MatrixFunction, rule.matrix_function)
+        steps = (
+            scaled(rule, at, unit, i, x, kernels)
+            for i, x in enumerate(kernels.of_matrices(function, moved))
+        )
     new: list[MatrixUpdate] = []
-    for i, x in enumerate(kernels.of_matrices(function, moved)):
-        x = from_matrices(x, unit.matrices)
+    for i, (statistics, direction) in enumerate(steps):
         w = ops.cast(unit.variables[i], unit.dtype)
-        statistics, direction = scaled(rule, at, unit, i, x, kernels)
         multiplier = multiplier_of(unit.dtype, unit.variable_of[i], multipliers)
         rate = at.learning_rate
         if multiplier is not None:
@@ -442,6 +499,7 @@ def scaled(
     kernels: Kernels,
 ) -> tuple[Tensors, Tensor]:
     """The new statistics of variable `i` of a unit, and its step along `x`."""
+    x = from_matrices(x, unit.matrices)
     w, p = unit.variables[i], unit.partition
     statistics: Sequence[Tensor] = ()
     if unit.statistics[i]:
@@ -454,6 +512,27 @@ def scaled(
     mean = block_mean([s], [unit.matrices.partition])
     scale = RMS * ops.rsqrt(mean + TINY)
     return tuple(statistics), times(x, scale, unit.matrices.partition)
+
+
+def by_moments(
+    rule: Rule,
+    at: Scalars,
+    unit: MatrixWeights,
+    gradients: Sequence[Tensor],
+    xs: Sequence[Tensor],
+) -> Iterator[tuple[Tensors, Tensor]]:
+    """The new statistics of each variable of a unit, and its direction."""
+    old, new = [], []
+    for g, (v,) in zip(gradients, unit.statistics):
+        g = to_matrices(g, unit.matrices)
+        count, n, _ = g.shape
+        old.append(reshape(v, (count, n, n)))
+        new.append(accumulated(at.decay, at.weight, old[-1], g))
+    number = ops.cast(ops.mod(at.t - 1.0, ROUND), "int32")
+    turns = [ops.take(ops.convert_to_tensor(own), number) for own in unit.turns]
+    moved = directions(partial(step_size_of, rule, at), new, xs, turns)
+    for x, v, before in zip(moved, new, old):
+        yield at.if_taken((v,), (before,)), from_matrices(x, unit.matrices)
 
 
 def times(x: Tensor, values: Tensor, partition: Partition) -> Tensor:

@@ -84,7 +84,7 @@ def of_accumulators(
     values, at_floor = of_statistics(
         rule, at, tuple(map(read, unit.statistics))
     )
-    if rule.matrix_function is not None:
+    if rule.rate_last:
         values = at.learning_rate * values
     floors = by_position(unit.groups, at_floor)
     return {

@@ -85,7 +85,7 @@ class Weights(NamedTuple):
 
 
 class MatrixWeights(NamedTuple):
-    """Variables that are matrices of one shape, each with a state of its own.
+    """Variables with matrices of one shape, each with a state of its own.
 
     Args:
         dtype: As in `Accumulators`.
@@ -98,6 +98,7 @@ class MatrixWeights(NamedTuple):
         momentum: The momentum of each, a tuple that may be empty.
         statistics: The statistics of each, in the order of the rule; none
             without blocks.
+        turns: In which steps of a round each is drawn; nothing for all.
     """
 
     dtype: str
@@ -109,6 +110,7 @@ class MatrixWeights(NamedTuple):
     variables: tuple[Any, ...]
     momentum: tuple[tuple[Any, ...], ...]
     statistics: tuple[tuple[Any, ...], ...]
+    turns: tuple[np.ndarray, ...] = ()
 
 
 class Batch(NamedTuple):

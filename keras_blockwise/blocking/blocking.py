@@ -140,6 +140,9 @@ class Blocking:
             - `"variable"`: the whole variable.
             - `"layer"`: all variables of one layer.
             - `"model"`: all variables.
+            - `"adablock"`: chunks of at most 10 of the weights that leave one
+              input unit, the spatial kernels of convolutions, up to 32
+              entries, and single entries of the rest.
             - `"none"`: nothing. The variable takes plain steps of the learning
               rate (its second moment is 1, without an epsilon).
             - `"adam_mini"`, `"adalayer"`, `"adalayer_sgd"`: those of `AdamMini`

@@ -4,6 +4,7 @@ A scheme is one entry of `SCHEMES`. It sees the shape of one variable and the
 `Axes` that say what its axes mean, and nothing else.
 """
 
+import math
 from collections.abc import Callable
 
 from keras_blockwise.blocking.axes import Axes
@@ -60,6 +61,29 @@ def adam_mini_short(shape: Shape, axes: Axes) -> Shape:
     return (whole if axes.kind == "value" else adam_mini)(shape, axes)
 
 
+def adablock(shape: Shape, axes: Axes) -> Shape:
+    """AdaBlock (arXiv:1905.10757): chunks of what leaves an input unit."""
+    tile = list(coordinate(shape, axes))
+    if axes.spatial:
+        window = keep(axes.input + axes.output, shape)
+        return window if math.prod(window) <= MOST_IN_WINDOW else tuple(tile)
+    if axes.kind in CHUNKED and len(shape) > 1:
+        chunked = axes.input if axes.kind == "embedding" else axes.output
+        axis = max(chunked, default=len(shape) - 1)
+        n = max(shape[axis], 1)
+        tile[axis] = max(c for c in range(1, MOST_IN_CHUNK + 1) if n % c == 0)
+    return tuple(tile)
+
+
+# What its authors decompose: windows of convolutions, and chunks of the rest.
+MOST_IN_WINDOW = 32
+MOST_IN_CHUNK = 10
+CHUNKED = (
+    *("dense", "embedding", "recurrent", "unknown"),
+    *("key", "query", "value"),
+)
+
+
 def adalayer_sgd(shape: Shape, axes: Axes) -> Shape | None:
     """SGD+Adalayer (arXiv:2407.07972): of hidden layers, norms alone adapt."""
     return whole(shape, axes) if axes.kind in ("norm", "shift") else None
@@ -86,6 +110,7 @@ SCHEMES: dict[str, Callable[[Shape, Axes], Shape | None]] = {
     "model": whole,
     "adam_mini": adam_mini,
     "adam_mini_short": adam_mini_short,
+    "adablock": adablock,
     "adalayer": whole,
     "adalayer_sgd": adalayer_sgd,
     "none": none,

@@ -85,8 +85,19 @@ def convert_state(
         )
     values, old_partitions = values_of(source, state)
     check_nesting(state.paths, old_partitions, state.partitions)
+    keep = state.rule.matrix_moments is not None
     for name in state.rule.second_moment.statistics:
-        values[name] = to_blocks(values[name], old_partitions, state.partitions)
+        matrices = {
+            i: value
+            for i, value in values[name].items()
+            if keep and state.has_matrices[i]
+        }
+        numbers = to_blocks(
+            {i: v for i, v in values[name].items() if i not in matrices},
+            old_partitions,
+            state.partitions,
+        )
+        values[name] = {**numbers, **matrices}
     assignments = counters(source, target)
     state.assign([values[slot.name][slot.index] for slot in state.slots])
     for variable, value in assignments:
@@ -157,10 +168,25 @@ def check_same(expected: Sequence[str], received: Sequence[str]) -> None:
 
 
 def check_matrices(state: Storage, old: Storage) -> None:
-    """Of a matrix, the state is that of its orthogonal directions."""
-    for path, ours, theirs in zip(
-        state.paths, state.has_matrices, old.has_matrices
+    """Of a matrix, the state is that of its orthogonal directions.
+
+    Second moments that are matrices are those of one basis.
+    """
+    by_moments = state.rule.matrix_moments is not None
+    for path, ours, theirs, p, q in zip(
+        state.paths,
+        state.has_matrices,
+        old.has_matrices,
+        state.partitions,
+        old.partitions,
     ):
+        if by_moments and (ours or theirs) and p != q:
+            raise ValueError(
+                f"The blocks of variable {path!r} must be the same in `source` "
+                "and `target`, since their second moments are matrices. "
+                f"Received: blocks of {q and q.block_shape} in source, of "
+                f"{p and p.block_shape} in target."
+            )
         if ours != theirs:
             owner = "target" if ours else "source"
             raise ValueError(

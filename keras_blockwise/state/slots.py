@@ -98,7 +98,7 @@ def plan_slots(
         if keys[i] in seen or partition.block_shape is None:
             continue
         seen.add(keys[i])
-        shape = partition.accumulator_shape
+        shape = rule.statistic_shape(partition)
         for name, value in rule.second_moment.statistics.items():
             slots.append(
                 Slot(

@@ -152,10 +152,13 @@ class Storage:
             i: row.partition for i, row in enumerate(rows) if row
         }
         self._matrices = {
-            i: row.matrices
+            i: matrices
             for i, row in enumerate(rows)
-            if rule.matrix_function and row and row.matrices
+            if row
+            and (matrices := rule.matrices_of(row.partition, row.matrices))
         }
+        moments = rule.matrix_moments
+        self._turns = moments.turns(self._matrices) if moments else {}
         # Where a variable has no entry, and nothing to update.
         self.empty = {i for i, p in self._partitions.items() if 0 in p.shape}
         self._keys = accumulator_keys(self.partitions)
@@ -166,7 +169,7 @@ class Storage:
 
     @property
     def has_matrices(self) -> list[bool]:
-        """Whether each variable takes the step of a matrix."""
+        """Whether each variable takes a step by matrices."""
         return [i in self._matrices for i in range(len(self.variables))]
 
     @property
@@ -298,7 +301,7 @@ class Storage:
     def _matrix_units(
         self, positions: dict[int, int], weight_decay: Callable[[int], float]
     ) -> list[MatrixWeights]:
-        """The variables at `positions` that are matrices, those alike together.
+        """The variables at `positions` with matrices, those alike together.
 
         Args:
             positions: Position of the gradient, by that of the variable.
@@ -329,6 +332,7 @@ class Storage:
                     parts(i, [s for s in statistics if (s, i) in self._slots])
                     for i in own
                 ),
+                tuple(self._turns[i] for i in own if self._turns),
             )
             for (dtype, partition, matrices), own in alike.items()
         ]

@@ -12,6 +12,7 @@ from helpers.cases import Case
 from helpers.cases import every_case
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
+from helpers.cases import of_classes
 from helpers.cases import slots_of
 from helpers.cases import tensors
 from helpers.tensorflow import tf
@@ -30,11 +31,15 @@ VARIABLES = {
         {
             "output_unit filter head adam_mini adam_mini_short": (None, 1),
             "input_unit": (1, None),
+            "adablock": (1, None),
         },
     ),
     "dense/bias": (
         (6,),
-        {"output_unit filter head adam_mini adam_mini_short": (1,)},
+        {
+            "output_unit filter head adam_mini adam_mini_short": (1,),
+            "adablock": (1,),
+        },
     ),
     # Square: the shape does not tell rows from columns.
     "dense_1/kernel": (
@@ -42,6 +47,7 @@ VARIABLES = {
         {
             "output_unit filter head adam_mini adam_mini_short": (None, 1),
             "input_unit": (1, None),
+            "adablock": (1, None),
         },
     ),
     "embedding/embeddings": (  # The row of a token is its output.
@@ -49,6 +55,7 @@ VARIABLES = {
         {
             "output_unit filter head adam_mini adam_mini_short": (1, None),
             "input_unit": (None, 1),
+            "adablock": (1, None),
         },
     ),
     "query/kernel": (  # (in, heads, head_dim)
@@ -57,11 +64,15 @@ VARIABLES = {
             "output_unit filter": (None, 1, 1),
             "input_unit": (1, None, None),
             "head adam_mini adam_mini_short": (None, 1, None),
+            "adablock": (1, 1, None),
         },
     ),
     "query/bias": (  # (heads, head_dim)
         (2, 3),
-        {"output_unit filter head adam_mini adam_mini_short": (1, 1)},
+        {
+            "output_unit filter head adam_mini adam_mini_short": (1, 1),
+            "adablock": (1, 1),
+        },
     ),
     "value/kernel": (  # (in, heads, head_dim)
         (2, 2, 3),
@@ -69,11 +80,15 @@ VARIABLES = {
             "output_unit filter adam_mini": (None, 1, 1),
             "input_unit": (1, None, None),
             "head": (None, 1, None),
+            "adablock": (1, 1, None),
         },
     ),
     "value/bias": (
         (2, 3),
-        {"output_unit filter head adam_mini adam_mini_short": (1, 1)},
+        {
+            "output_unit filter head adam_mini adam_mini_short": (1, 1),
+            "adablock": (1, 1),
+        },
     ),
     "conv2d/kernel": (  # (height, width, in, out)
         (2, 3, 4, 2),
@@ -81,11 +96,15 @@ VARIABLES = {
             "output_unit head": (None, None, None, 1),
             "input_unit": (None, None, 1, None),
             "filter": (None, None, 1, 1),
+            "adablock": (None, None, 1, 1),
         },
     ),
     "conv2d/bias": (
         (2,),
-        {"output_unit filter head adam_mini adam_mini_short": (1,)},
+        {
+            "output_unit filter head adam_mini adam_mini_short": (1,),
+            "adablock": (1,),
+        },
     ),
     "conv2d_transpose/kernel": (  # (height, width, out, in)
         (2, 2, 2, 2),
@@ -93,6 +112,7 @@ VARIABLES = {
             "output_unit head": (None, None, 1, None),
             "input_unit": (None, None, None, 1),
             "filter": (None, None, 1, 1),
+            "adablock": (None, None, 1, 1),
         },
     ),
     "depthwise_conv2d/kernel": (  # (height, width, in, multiplier)
@@ -100,6 +120,7 @@ VARIABLES = {
         {
             "output_unit head filter": (None, None, 1, 1),
             "input_unit": (None, None, 1, None),
+            "adablock": (None, None, 1, 1),
         },
     ),
     "conv3d/kernel": (
@@ -108,6 +129,7 @@ VARIABLES = {
             "output_unit head": (None, None, None, None, 1),
             "input_unit": (None, None, None, 1, None),
             "filter": (None, None, None, 1, 1),
+            "adablock": (None, None, None, 1, 1),
             # The last kernel: the output layer, as far as names can tell.
             "adalayer adalayer_sgd": (None, None, None, None, 1),
         },
@@ -173,6 +195,11 @@ def expected_state(truth, case, tiles):
         else:  # One number per tile: that of its first corner.
             labels = truth.labels[k][tuple(slice(None, None, n) for n in tile)]
         state[f"{name}_velocity"] = truth.velocity[labels]
+        if case.cls is kb.AdaBlock and np.prod(tile) > 1:
+            matrices = [truth.matrices[label] for label in labels.ravel()]
+            state[f"{name}_velocity"] = np.reshape(
+                matrices, (*labels.shape, *matrices[0].shape)
+            )
         if "amsgrad" in kwargs:
             state[f"{name}_velocity_hat"] = truth.velocity_hat[labels]
         if "centered" in kwargs:
@@ -227,6 +254,11 @@ def check_truth(
         for path, tile in tiles.items()
     }
     own = {}
+    if case.cls is kb.AdaBlock:  # Each has a block of its own.
+        tiles = {
+            path: SHAPES[path] if isinstance(tile, str) else tile
+            for path, tile in tiles.items()
+        }
     if case.cls is kb.BlockMuon:
         own["matrices"] = [matrices_of(path) for path in tiles]
     truth = getattr(oracle, case.cls.__name__)(
@@ -256,8 +288,12 @@ def check_truth(
 
     # Two units in the last place of what is rounded in each step.
     low = max(dtype, momentum_dtype or dtype, key=TOLERANCES.get)
+    tolerance = TOLERANCES[low]
+    if case.cls is kb.AdaBlock and (jit_compile or dtype == "float32"):
+        # Both find an eigenvalue to 1e-7 of the largest. Measured: 1.5e-5.
+        tolerance = max(tolerance, 2e-5)
     for path, variable, weight in zip(tiles, variables, truth.weights):
-        assert_stored(path, variable, weight, dtype, TOLERANCES[low])
+        assert_stored(path, variable, weight, dtype, tolerance)
     assert int(optimizer.iterations) == truth.t
     state = slots_of(optimizer)
     expected = expected_state(truth, case, tiles)
@@ -324,11 +360,10 @@ ONE_OF_EACH = [
     Case(kb.BAG),
     Case(kb.BCOS),
     Case(kb.SPAM, {"reset_every": 9, "reset_warmup": 3}),
+    Case(kb.AdaBlock, {"bounds": (8.0, 0.125)}),
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
 ]
-each_full_class = pytest.mark.parametrize(
-    "case", ONE_OF_EACH, ids=lambda case: case.cls.__name__
-)
+each_full_class = of_classes(ONE_OF_EACH)
 # Blocks with a mean square, its maximum, and a mean.
 by_statistics = pytest.mark.parametrize(
     "case",
@@ -439,6 +474,14 @@ def test_tiles(case, path, tile):
         Case(kb.BAGM, {"accumulator": "polynomial", "power": 0.0}),
         Case(kb.BAGM, {"accumulator": "polynomial", "nesterov": False}),
         Case(kb.BlockRMSprop, {"rho": 0.0, "epsilon": 0.5}),
+        pytest.param(
+            Case(kb.AdaBlock, {"beta_1": 0.0, "epsilon": 0.5}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Case(kb.AdaBlock, {"beta_2": 0.5, "epsilon": 0.5}),
+            marks=pytest.mark.slow,
+        ),
         Case(kb.BCOS, {"momentum": 0.0}),
         Case(kb.BCOS, {"momentum": 0.5, "epsilon": 0.5}),
         Case(kb.BlockMuon, {"beta_2": 0.0, "epsilon": 0.5, **HIDDEN}),
@@ -473,11 +516,7 @@ def test_low_precision(case, dtype):
         assert moved > 0.01 or expected < 0.01
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case for case in ONE_OF_EACH if case.cls is not kb.BAG],
-    ids=lambda case: case.cls.__name__,
-)
+@of_classes([case for case in ONE_OF_EACH if case.cls is not kb.BAG])
 @pytest.mark.parametrize(
     "dtype, momentum_dtype",
     [

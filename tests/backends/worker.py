@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "bag": lambda: kb.BAG(0.1, gradient_accumulation_steps=2),
     "block_rmsprop": lambda: kb.BlockRMSprop(0.03, centered=True, momentum=0.5),
     "bcos": lambda: kb.BCOS(0.03, blocking="output_unit"),
+    "ada_block": lambda: kb.AdaBlock(0.03, layers_per_step=9, seed=1),
     "spam": lambda: kb.SPAM(0.03, reset_every=6, reset_warmup=2),
 }
 

@@ -61,6 +61,9 @@ OPTIMIZERS: dict[str, Any] = {
         jit_compile=False,
     ),
     "bcos": lambda: kb.BCOS(0.05, jit_compile=False),
+    "ada_block": lambda: kb.AdaBlock(
+        0.05, bounds=(20.0, 0.01), layers_per_step=1, seed=1, jit_compile=False
+    ),
     "spam": lambda: kb.SPAM(
         0.05, reset_every=7, reset_warmup=3, jit_compile=False
     ),

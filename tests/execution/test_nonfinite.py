@@ -42,6 +42,7 @@ ROWS = [
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
     Case(kb.BCOS),
     Case(kb.SPAM, {"blocking": "output_unit"}),
+    Case(kb.AdaBlock, {"bounds": (8.0, 0.125)}),
 ]
 # The others are slow where they are compiled.
 QUICK = [row for row in ROWS if row.cls is kb.BAGM]
@@ -267,8 +268,9 @@ MODES = {
     "row, mode",
     marked(
         *((ROWS[0], mode) for mode in MODES),
-        *((row, "graph") for row in ROWS[1:]),
-    ),
+        *((row, "graph") for row in ROWS[1:-1]),
+    )
+    + [pytest.param(ROWS[-1], "graph", marks=pytest.mark.slow)],
     ids=lambda value: getattr(value, "id", value),
 )
 def test_fit(row, mode, tmp_path):

@@ -206,6 +206,54 @@ class BlockNadam(BlockAdam):
         return m, -lr * look_ahead / (np.sqrt(v_hat) + epsilon)
 
 
+class AdaBlock(BlockAdam):
+    """Block by block, with the matrix of each by its label."""
+
+    def __init__(self, weights, labels, **kwargs):
+        super().__init__(weights, labels, **kwargs)
+        self.matrices = {}
+
+    def of_variable(self, k):
+        self.k = k
+        return super().of_variable(k)
+
+    def update(
+        self,
+        lr,
+        g,
+        m,
+        v,
+        a,
+        beta_1=0.9,
+        beta_2=0.999,
+        epsilon=1e-4,
+        bounds=None,
+        drawn=None,
+        **_,
+    ):
+        plain = super().update(lr, g, m, v, a, beta_1, beta_2, epsilon)
+        if beta_2 == epsilon == 0.0:  # Without blocks.
+            return plain
+        own = self.labels[self.k]
+        m, change = plain[0], np.zeros_like(g)
+        for label in np.unique(own):
+            mine = own == label
+            old = self.matrices.get(label, np.zeros((mine.sum(),) * 2))
+            new = beta_2 * old + (1 - beta_2) * np.outer(g[mine], g[mine])
+            self.matrices[label] = new
+            s, q = np.linalg.eigh(new)
+            if drawn is not None and not drawn(self.t, self.k):
+                s, q = np.diag(new), np.eye(len(new))
+            s = np.maximum(s, np.trace(new) / 2**23)
+            size = lr * np.sqrt(1 - beta_2**self.t) / (1 - beta_1**self.t)
+            size = size / (np.sqrt(s) + epsilon)
+            if bounds:
+                end, x = bounds[0] * lr, bounds[1] * self.t
+                size = np.clip(size, end * (1 - 1 / (x + 1)), end * (1 + 1 / x))
+            change[mine] = -q @ (size * (q.T @ m[mine]))
+        return m, change
+
+
 class BCOS(Oracle):
     """Written out in the momentum before the step, as by the authors."""
 

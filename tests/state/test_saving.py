@@ -443,6 +443,7 @@ ORDER = {
     ),
     "BCOS": (kb.BCOS(), KERAS + of_each("momentum")),
     "BCOS-none": (kb.BCOS(momentum=0.0), KERAS),
+    "AdaBlock": (kb.AdaBlock(), KERAS + of_each("momentum", "velocity")),
     "SPAM": (kb.SPAM(), KERAS + of_each("momentum", "velocity")),
     "layer": (
         kb.BlockAdam(blocking="layer"),

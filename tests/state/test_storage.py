@@ -137,6 +137,8 @@ def assert_alike(build):
     ids=str,
 )
 def test_a_step_is_that_of_each_by_itself(assert_alike, case, blocking):
+    if case.cls is kb.AdaBlock and blocking == "layer":
+        blocking = "adablock"  # All matrices, of which none is kept together.
     assert_alike(2, case.make, blocking=blocking)
 
 
@@ -161,7 +163,9 @@ def test_compiled(build, case):
 def test_steps_on_some_of_the_variables(assert_alike, case, together):
     """In another order, and with one or none of those kept together."""
     orders = [[7, 2, 0], [1], list(range(8)), [3, 6, 5]]
-    assert_alike(together, case.make, orders=orders)
+    # What has matrices is not kept together.
+    own = {"blocking": "coordinate"} if case.cls is kb.AdaBlock else {}
+    assert_alike(together, case.make, orders=orders, **own)
 
 
 def test_what_has_no_step_stays_as_it_is(build):

@@ -63,6 +63,7 @@ OPTIMIZERS = {
     "BAG": lambda model: kb.BAG(),
     "BlockRMSprop": lambda model: kb.BlockRMSprop(momentum=0.9, centered=True),
     "BCOS": lambda model: kb.BCOS(),
+    "AdaBlock": lambda model: kb.AdaBlock(layers_per_step=2),
     "SPAM": lambda model: kb.SPAM(blocking="output_unit"),
     "AdamMini": lambda model: kb.AdamMini(
         blocking=kb.Blocking.from_model(model, "adam_mini")

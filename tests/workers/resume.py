@@ -43,6 +43,7 @@ OPTIMIZERS = {
     "BAG": (kb.BAG, {"blocking": "model"}),
     "BlockRMSprop": (kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
     "BCOS": (kb.BCOS, {}),
+    "AdaBlock": (kb.AdaBlock, {"layers_per_step": 1, "seed": 1}),
     "SPAM": (kb.SPAM, {"reset_every": 4, "reset_warmup": 2}),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -200,6 +201,7 @@ DEFAULT = [
     Setting("BCOS", "keras", "eager", "skip"),
     Setting("BlockMuon", "keras", "eager"),
     Setting("Adalayer", "keras", "eager"),
+    Setting("AdaBlock", "checkpoint", "eager"),
     Setting("BAG", "weights", "eager"),
     Setting("AdamMini", "model_checkpoint", "eager", "mixed_float16"),
     Setting("BAGM", "backup", "replicas", "ema"),
