@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_blockwise.algorithm.matrix_moments import check_blocks
-from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.algorithm.rule import Rule
 from keras_blockwise.algorithm.step_sizes import StepSizes
 from keras_blockwise.algorithm.step_sizes import step_sizes
 from keras_blockwise.blocking.axes import path_of

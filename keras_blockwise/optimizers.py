@@ -13,7 +13,7 @@ from keras_blockwise.algorithm import momentum as momenta
 from keras_blockwise.algorithm import second_moment as second_moments
 from keras_blockwise.algorithm import spikes
 from keras_blockwise.algorithm.orthogonal import newton_schulz
-from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.algorithm.rule import Rule
 from keras_blockwise.blocking.blocking import Blocking
 from keras_blockwise.blocking.blocking import Tile
 from keras_blockwise.optimizer import BlockwiseOptimizer

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_blockwise.algorithm.blocks import reshape
+from keras_blockwise.algorithm.rule import Rule
+from keras_blockwise.algorithm.rule import Scalars
 from keras_blockwise.algorithm.second_moment import Tensors
-from keras_blockwise.algorithm.step import Rule
-from keras_blockwise.algorithm.step import Scalars
 from keras_blockwise.algorithm.step import step_size_of
 from keras_blockwise.algorithm.units import Accumulators
 from keras_blockwise.algorithm.units import Batch
@@ -27,7 +27,8 @@ class StepSizes(NamedTuple):
         values: The step size of each. Without blocks, a scalar: the learning
             rate. NaN if no second moment is kept. Of a matrix whose function is
             taken, they stand in the ratio that the function gives them, and
-            their mean is the learning rate.
+            their mean is the learning rate. Of second moments that are
+            matrices, those of the diagonals, one for each entry.
         at_floor: Whether epsilon makes the step size of each: the root is no
             more than twice that of a second moment of 0. NaN if there is none.
     """
@@ -102,13 +103,19 @@ def of_matrices(
             nan = at.learning_rate * math.nan
             found[position] = StepSizes(at.learning_rate, nan)
             continue
-        shape = unit.partition.accumulator_shape
-        values, at_floor = of_statistics(
-            rule, at, tuple(reshape(read(part), shape) for part in parts)
-        )
-        values = at.learning_rate * values / ops.mean(values)
-        found[position] = StepSizes(values, at_floor)
+        shape = rule.statistic_shape(unit.partition)
+        statistics = tuple(reshape(read(part), shape) for part in parts)
+        if rule.matrix_moments is not None:
+            statistics = tuple(map(diagonal_of_last, statistics))
+        values, at_floor = of_statistics(rule, at, statistics)
+        if rule.matrix_function is not None:
+            values = values / ops.mean(values)
+        found[position] = StepSizes(at.learning_rate * values, at_floor)
     return found
+
+
+def diagonal_of_last(v: Tensor) -> Tensor:
+    return ops.diagonal(v, axis1=-2, axis2=-1)
 
 
 def of_statistics(rule: Rule, at: Scalars, statistics: Tensors) -> StepSizes:

@@ -40,9 +40,10 @@ class BlockMonitor(keras.callbacks.Callback):
       where the root is no more than twice what it is where all gradients are 0.
 
     A variable without blocks has the learning rate for a step size and no floor
-    (NaN). Of `BCOS`, which keeps no second moments, both are NaN. Of a matrix
-    of `BlockMuon`, the step sizes have the learning rate as their mean, since
-    it is the ratio of blocks that they set. The factors of the momentum are in
+    (NaN). Of `BCOS`, which keeps no second moments, both are NaN. Of the
+    matrices of `AdaBlock`, step sizes are those of the diagonals, one for each
+    entry. Of a matrix of `BlockMuon`, they have the learning rate as their
+    mean, since it is the ratio of blocks that they set. The factors of the momentum are in
     none: neither the bias correction of Adam's, nor the warm-up of `SPAM`.
 
     Of a variable with more than 65,536 blocks, the quantiles are those of so

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_blockwise.algorithm.step import Kernels
+from keras_blockwise.algorithm.rule import Kernels
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.execution.update import Read

@@ -6,8 +6,8 @@ from typing import Any
 
 from keras_blockwise.algorithm.blocks import join
 from keras_blockwise.algorithm.blocks import split
-from keras_blockwise.algorithm.step import Kernels
-from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.algorithm.rule import Kernels
+from keras_blockwise.algorithm.rule import Rule
 from keras_blockwise.algorithm.step import step
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.algorithm.units import MatrixWeights

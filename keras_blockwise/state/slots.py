@@ -5,7 +5,7 @@ from collections.abc import Hashable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.algorithm.rule import Rule
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
 

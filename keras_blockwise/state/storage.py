@@ -18,7 +18,7 @@ import numpy as np
 from keras import ops
 
 from keras_blockwise.algorithm.blocks import reshape
-from keras_blockwise.algorithm.step import Rule
+from keras_blockwise.algorithm.rule import Rule
 from keras_blockwise.algorithm.units import Accumulators
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.algorithm.units import Group

@@ -22,6 +22,8 @@ TWO_LAYERS = {
     "out/kernel": (3, 2),
     "out/bias": (2,),
 }
+# Which of these take a step by matrices, with the rules below.
+MATRICES = {kb.BlockMuon: {0}, kb.AdaBlock: {0, 1, 2}}
 
 
 def trained(optimizer, shapes, steps=STEPS, dtype="float32"):
@@ -70,9 +72,8 @@ def test_those_of_the_step_itself(case, monkeypatch):
     sizes, at_floor = found_in(trained(optimizer, TWO_LAYERS))
     assert sizes.keys() == at_floor.keys() == {0, 1, 2, 3}
     assert sizes[3] == 0.25 and np.isnan(at_floor[3])
-    rate = 0.25 if case.cls is kb.BlockMuon else 1.0
-    matrix = {0} if case.cls is kb.BlockMuon else set()
-    assert taken.keys() == sizes.keys() - matrix
+    rate = 0.25 if case.cls in MATRICES else 1.0
+    assert taken.keys() == sizes.keys() - MATRICES.get(case.cls, set())
     for i in taken.keys() - {3}:
         if case.cls is kb.BCOS:
             assert np.isnan(sizes[i]) and np.isnan(at_floor[i])
@@ -80,6 +81,28 @@ def test_those_of_the_step_itself(case, monkeypatch):
             expected = rate * keras.ops.convert_to_numpy(taken[i])
             assert_close([sizes[i]], [expected], 1e-6)
             assert not at_floor[i].any()
+
+
+def test_adablock_written_out():
+    """Those of the diagonals, between the bounds."""
+    optimizer = kb.AdaBlock(
+        0.5,
+        beta_1=0.5,
+        beta_2=0.75,
+        epsilon=1e-2,
+        bounds=(1.0, 0.5),
+        blocking=(None, 1),
+        jit_compile=False,
+    )
+    trained(optimizer, {"dense/kernel": (4, 3)}, 3)
+    (sizes,), (at_floor,) = (found.values() for found in found_in(optimizer))
+    (velocity,) = optimizer.block_state.values_by_weight()["velocity"].values()
+    v = np.diagonal(velocity.reshape(3, 4, 4), axis1=1, axis2=2)
+    expected = np.sqrt(1 - 0.75**3) / (np.sqrt(v) + 1e-2)
+    end = 1 - 0.5**3
+    expected = 0.5 * np.clip(expected, end * 1.5 / 2.5, end * 2.5 / 1.5)
+    np.testing.assert_allclose(sizes.reshape(3, 4), expected, 1e-5)
+    assert at_floor.size == 12 and not at_floor.any()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
