@@ -55,13 +55,13 @@ OPTIMIZERS = {
         ADAM_RATES,
         arguments={"exclude_layers": [LOGITS]},
     ),
-    "BlockMuon": Setting(kb.BlockMuon, (5e-3, 1.5e-2, 5e-2), "output_unit"),
+    "BlockMuon": Setting(kb.BlockMuon, (1e-2, 2e-2, 4e-2), "output_unit"),
     "BlockAdam": Setting(kb.BlockAdam, ADAM_RATES, "output_unit"),
     "BlockNadam": Setting(kb.BlockNadam, ADAM_RATES, "output_unit"),
     # The steps of a constant gradient grow to ten times this.
-    "BAGM": Setting(kb.BAGM, (1e-3, 3e-3, 1e-2), "output_unit"),
+    "BAGM": Setting(kb.BAGM, (3e-4, 1e-3, 3e-3), "output_unit"),
     "AdamMini": Setting(kb.AdamMini, ADAM_RATES, "adam_mini"),
-    "Adalayer": Setting(kb.Adalayer, ADAM_RATES, "adalayer"),
+    "Adalayer": Setting(kb.Adalayer, (1e-3, 3e-3, 1e-2), "adalayer"),
     "SPAM": Setting(kb.SPAM, ADAM_RATES, "coordinate"),
     "BCOS": Setting(kb.BCOS, ADAM_RATES, "coordinate"),
     "AdaBlock": Setting(kb.AdaBlock, ADAM_RATES, "adablock"),
@@ -69,7 +69,7 @@ OPTIMIZERS = {
     # From zero, as published: 0.1 is far above the squares of these gradients.
     "BAG": Setting(
         kb.BAG,
-        (3e-2, 1e-1, 3e-1),
+        (1e-2, 3e-2, 1e-1),
         "output_unit",
         {"initial_accumulator_value": 0.0},
     ),

@@ -43,8 +43,9 @@ class BlockMonitor(keras.callbacks.Callback):
     (NaN). Of `BCOS`, which keeps no second moments, both are NaN. Of the
     matrices of `AdaBlock`, step sizes are those of the diagonals, one for each
     entry. Of a matrix of `BlockMuon`, they have the learning rate as their
-    mean, since it is the ratio of blocks that they set. The factors of the momentum are in
-    none: neither the bias correction of Adam's, nor the warm-up of `SPAM`.
+    mean, since it is the ratio of blocks that they set. The factors of the
+    momentum are in none: neither the bias correction of Adam's, nor the warm-up
+    of `SPAM`.
 
     Of a variable with more than 65,536 blocks, the quantiles are those of so
     many of them, drawn at random once. A batch whose step is not taken, as when
