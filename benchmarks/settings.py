@@ -1,6 +1,7 @@
-"""The optimizers of `quality`, and the learning rates that each may choose."""
+"""The optimizers of `quality`, and where each looks for its learning rate."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -12,6 +13,8 @@ from benchmarks import contestants
 from benchmarks.tasks import LOGITS
 
 WARM_UP = 20
+HALF_DECADES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+DOUBLES = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1)
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,17 @@ class Setting:
 
     Args:
         cls: The class.
-        rates: Peak learning rates to choose from, the likeliest in the middle.
+        rate: Peak learning rate to begin with, one of `rates`.
         scheme: Blocks of one of ours; `None` for others.
         arguments: Other arguments.
+        rates: What there is to choose from.
     """
 
     cls: Any
-    rates: tuple[float, float, float]
+    rate: float
     scheme: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    rates: Sequence[float] = HALF_DECADES
 
     @property
     def is_ours(self) -> bool:
@@ -46,38 +51,37 @@ class Setting:
         return self.cls(schedule, **arguments)
 
 
-ADAM_RATES = (3e-3, 1e-2, 3e-2)
 OPTIMIZERS = {
-    contestants.ADAM: Setting(keras.optimizers.Adam, ADAM_RATES),
+    contestants.ADAM: Setting(keras.optimizers.Adam, 1e-2),
     # Its documentation asks for the name of the output layer.
     contestants.MUON: Setting(
         keras.optimizers.Muon,
-        ADAM_RATES,
+        1e-2,
         arguments={"exclude_layers": [LOGITS]},
     ),
-    "BlockMuon": Setting(kb.BlockMuon, (1e-2, 2e-2, 4e-2), "output_unit"),
-    "BlockAdam": Setting(kb.BlockAdam, ADAM_RATES, "output_unit"),
-    "BlockNadam": Setting(kb.BlockNadam, ADAM_RATES, "output_unit"),
+    "BlockMuon": Setting(kb.BlockMuon, 2e-2, "output_unit", rates=DOUBLES),
+    "BlockAdam": Setting(kb.BlockAdam, 1e-2, "output_unit"),
+    "BlockNadam": Setting(kb.BlockNadam, 1e-2, "output_unit"),
     # The steps of a constant gradient grow to ten times this.
-    "BAGM": Setting(kb.BAGM, (3e-4, 1e-3, 3e-3), "output_unit"),
-    "AdamMini": Setting(kb.AdamMini, ADAM_RATES, "adam_mini"),
-    "Adalayer": Setting(kb.Adalayer, (1e-3, 3e-3, 1e-2), "adalayer"),
-    "SPAM": Setting(kb.SPAM, ADAM_RATES, "coordinate"),
-    "BCOS": Setting(kb.BCOS, ADAM_RATES, "coordinate"),
-    "AdaBlock": Setting(kb.AdaBlock, ADAM_RATES, "adablock"),
-    "BlockRMSprop": Setting(kb.BlockRMSprop, (1e-3, 3e-3, 1e-2), "output_unit"),
+    "BAGM": Setting(kb.BAGM, 1e-3, "output_unit"),
+    "AdamMini": Setting(kb.AdamMini, 1e-2, "adam_mini"),
+    "Adalayer": Setting(kb.Adalayer, 3e-3, "adalayer"),
+    "SPAM": Setting(kb.SPAM, 1e-2, "coordinate"),
+    "BCOS": Setting(kb.BCOS, 3e-3, "coordinate"),
+    "AdaBlock": Setting(kb.AdaBlock, 1e-2, "adablock"),
+    "BlockRMSprop": Setting(kb.BlockRMSprop, 3e-3, "output_unit"),
     # From zero, as published: 0.1 is far above the squares of these gradients.
     "BAG": Setting(
         kb.BAG,
-        (1e-2, 3e-2, 1e-1),
+        3e-2,
         "output_unit",
         {"initial_accumulator_value": 0.0},
     ),
-    "Keras AdamW": Setting(keras.optimizers.AdamW, ADAM_RATES),
-    "Keras Nadam": Setting(keras.optimizers.Nadam, ADAM_RATES),
+    "Keras AdamW": Setting(keras.optimizers.AdamW, 1e-2),
+    "Keras Nadam": Setting(keras.optimizers.Nadam, 1e-2),
     "Keras SGD Nesterov": Setting(
         keras.optimizers.SGD,
-        (1e-1, 3e-1, 1.0),
+        3e-1,
         arguments={"momentum": 0.9, "nesterov": True},
     ),
 }

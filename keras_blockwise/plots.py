@@ -35,8 +35,8 @@ def plot_blocks(optimizer: BlockwiseOptimizer) -> Figure:
     last axis of a variable is that from left to right, all others together are
     that from top to bottom, and a block is one rectangle. The step sizes are
     those of `BlockMonitor`. Grey is a block that does not move, since its
-    learning rate is 0. Of more than
-    1,024 blocks along a side, evenly spaced ones are drawn.
+    learning rate is 0. Of more than 1,024 blocks along a side, evenly spaced
+    ones are drawn.
 
     Args:
         optimizer: A built optimizer of this package that has taken a step.

@@ -197,6 +197,7 @@ def test_every_optimizer_takes_part():
 @pytest.mark.parametrize("name", settings.OPTIMIZERS)
 def test_rates_warm_up_and_fall_to_zero(name):
     setting = settings.OPTIMIZERS[name]
+    assert setting.rate in setting.rates
     assert list(setting.rates) == sorted(setting.rates)
     model = keras.Sequential([keras.Input((3,))])
     model.add(keras.layers.Dense(4))
@@ -257,21 +258,33 @@ def test_a_seed_repeats_a_run(tiny):
 
 def test_the_validation_part_chooses(tiny):
     """Then the test part counts, of fresh seeds."""
-    low, middle, high = settings.OPTIMIZERS["BAGM"].rates
+    setting = settings.OPTIMIZERS["BAGM"]
+    start = setting.rates.index(setting.rate)
+    low, middle, high, higher = setting.rates[start - 1 : start + 3]
     asked = []
 
     def score(run):
         asked.append((run.rate, run.seed))
-        validation = {low: 90.0, middle: 90.0, high: math.nan}[run.rate]
-        loss = {low: 0.3, middle: 0.2, high: math.nan}[run.rate]
-        return quality.Score(validation, loss, 50 + run.seed, 1.0)
+        validation = {low: 90.0, middle: 90.0, high: 90.0, higher: math.nan}
+        loss = {low: 0.4, middle: 0.3, high: 0.2, higher: math.nan}
+        figures = validation[run.rate], loss[run.rate]
+        return quality.Score(*figures, 50 + run.seed, 1.0)
 
     result = quality.contest("tiny", "BAGM", score, quick=False)
-    assert result == quality.Result(middle, [51.0, 52.0, 53.0])
+    assert result == quality.Result(high, [51.0, 52.0, 53.0])
     assert asked == [
         *((rate, 0) for rate in (low, middle, high)),
-        *((middle, seed) for seed in (1, 2, 3)),
+        *((rate, 0) for rate in (middle, high, higher)),
+        *((high, seed) for seed in (1, 2, 3)),
     ]
+
+
+def test_the_last_of_all_rates_may_be_the_best(tiny):
+    def score(run):
+        return quality.Score(run.rate, -run.rate, 0.0, 1.0)
+
+    result = quality.contest("tiny", "BAGM", score, quick=False)
+    assert result.rate == max(settings.HALF_DECADES)
 
 
 def test_differences_are_those_of_pairs():
@@ -302,7 +315,7 @@ def test_a_second_call_goes_on(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "train", train)
     options = "--tasks tiny --optimizers BAGM,BAG --quick --output"
     monkeypatch.setattr(sys, "argv", ["", *options.split(), str(tmp_path)])
-    rate = settings.OPTIMIZERS["BAG"].rates[1]
+    rate = settings.OPTIMIZERS["BAG"].rate
     stop = quality.Run("tiny", "BAG", rate, 1)
     with pytest.raises(KeyboardInterrupt):
         quality.main()
