@@ -36,9 +36,8 @@ class BlockAdam(BlockwiseOptimizer):
         w <- w - learning_rate * sqrt(1 - beta_2^t) / (1 - beta_1^t)
                * m / (sqrt(v) + epsilon)
 
-    With `blocking="coordinate"` this is `keras.optimizers.Adam`. Larger blocks
-    take smaller steps at the same learning rate: start at about three times
-    the learning rate that suits Adam.
+    With `blocking="coordinate"` this is `keras.optimizers.Adam`. Start at the
+    learning rate that suits Adam.
 
     Args:
         learning_rate: A float, a
