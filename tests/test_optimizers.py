@@ -167,7 +167,17 @@ def test_option_equals_keras(case, options):
     )
 
 
-@each_option
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            options,
+            id=name,
+            marks=() if name == "weight_decay" else pytest.mark.slow,
+        )
+        for name, options in OPTIONS.items()
+    ],
+)
 def test_option_compiled_and_eager_equals_keras(options):
     ours, theirs = pair(REDUCTIONS[0], **options)
     ours.jit_compile = True
