@@ -60,7 +60,8 @@ def test_equals_one_device(strategy, case, jit_compile):
     strategy = STRATEGIES[strategy]()
     make = functools.partial(case.make, jit_compile=jit_compile)
     results = train_schemes(strategy, make)
-    check_one_device(results, case, strategy.num_replicas_in_sync)
+    replicas = strategy.num_replicas_in_sync
+    check_one_device(results, case, replicas, jit_compile)
 
 
 @functools.cache

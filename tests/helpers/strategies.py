@@ -117,7 +117,7 @@ def trained_on_one_device(case_id):
     return train_schemes(tf.distribute.get_strategy(), make)
 
 
-def assert_same_results(results, expected):
+def assert_same_results(results, expected, tolerance=TOLERANCE):
     assert results.keys() <= expected.keys()
     for scheme, result in results.items():
         for values in result.replicas:
@@ -129,12 +129,15 @@ def assert_same_results(results, expected):
         ):
             scale = max(1.0, np.abs(theirs).max())
             np.testing.assert_allclose(
-                ours, theirs, TOLERANCE, TOLERANCE * scale, err_msg=scheme
+                ours, theirs, tolerance, tolerance * scale, err_msg=scheme
             )
 
 
-def check_one_device(results, case, num_replicas):
-    assert_same_results(results, trained_on_one_device(case.id))
+def check_one_device(results, case, num_replicas, jit_compile=True):
+    # XLA decomposes matrices of float64 about as well as those of float32.
+    inexact = jit_compile and case.cls is kb.AdaBlock
+    tolerance = 1e-8 if inexact else TOLERANCE
+    assert_same_results(results, trained_on_one_device(case.id), tolerance)
     for result in results.values():
         assert {len(values) for values in result.replicas} == {num_replicas}
         for weight, initial in zip(result.weights, embedding_model().variables):
