@@ -352,7 +352,9 @@ def test_compiled_replicas_equal_one_device(case, strategy):
     def make():
         return case.make(0.1, blocking=MIXED, jit_compile=True)
 
-    check_replicas(strategy, make, MIXED_SHAPES)
+    # Eigenvectors in float32: up to 4e-4 learning rates. Measured: 1.2e-5.
+    tolerance = 4e-5 if case.cls is kb.AdaBlock else 1e-6
+    check_replicas(strategy, make, MIXED_SHAPES, tolerance)
 
 
 @pytest.mark.parametrize(
