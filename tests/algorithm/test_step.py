@@ -291,7 +291,9 @@ def check_truth(
     tolerance = TOLERANCES[low]
     if case.cls is kb.AdaBlock and (jit_compile or dtype == "float32"):
         # Both find an eigenvalue to 1e-7 of the largest. Measured: 1.5e-5.
-        tolerance = max(tolerance, 2e-5)
+        # With bounds, steps are many times as large. Measured: 6.4e-5.
+        least = 1e-4 if "bounds" in case.kwargs else 2e-5
+        tolerance = max(tolerance, least)
     for path, variable, weight in zip(tiles, variables, truth.weights):
         assert_stored(path, variable, weight, dtype, tolerance)
     assert int(optimizer.iterations) == truth.t
