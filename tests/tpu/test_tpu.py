@@ -27,6 +27,11 @@ HOST_OPERATIONS = r" (infeed|outfeed|send|recv)(?:-start|-done)?\("
 COMPILER_CALLS = {
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
+    "ConcatBitcast",
+    # The decomposition of a matrix, by the TPU itself.
+    "Eigh",
+    "EighTpu",
+    "GatherScatterIndicesBitpacked",
     "X64Combine",
     "X64SplitHigh",
     "X64SplitLow",
