@@ -229,16 +229,17 @@ class BlockwiseOptimizer(Execution):
             None if self.has_no_update(v) else next(resolved) for v in variables
         ]
         rows = rows_for(rule, variables, rows)
+        # The state of a matrix is kept by itself.
+        alone = [
+            i if row and rule.matrices_of(row.partition, row.matrices) else None
+            for i, row in enumerate(rows)
+        ]
         slots = plan_slots(
             rule,
             [keras.backend.standardize_dtype(v.dtype) for v in variables],
             [row and row.partition for row in rows],
             self.momentum_dtype,
-            [
-                # The state of a matrix is kept by itself.
-                (self.place_of(v), i if has_matrices(rule, row) else None)
-                for i, (v, row) in enumerate(zip(variables, rows))
-            ],
+            list(zip(map(self.place_of, variables), alone)),
         )
         return rows, slots
 
@@ -352,13 +353,6 @@ def check_methods(cls: Any) -> None:
             "`hvd.DistributedGradientTape` or "
             "`tf.distribute.MultiWorkerMirroredStrategy`."
         )
-
-
-def has_matrices(rule: Rule, row: Row | None) -> bool:
-    """Whether a variable takes a step by matrices."""
-    if row is None:
-        return False
-    return rule.matrices_of(row.partition, row.matrices) is not None
 
 
 def rows_for(

@@ -1177,12 +1177,14 @@ class AdaBlock(BlockwiseOptimizer):
         self.beta_2 = check_fraction("beta_2", beta_2)
         self.epsilon = check_non_negative("epsilon", epsilon)
         self.bounds = check_positive_pair("bounds", bounds)
-        self.layers_per_step = layers_per_step
         if layers_per_step is not None:
-            check_integer("layers_per_step", layers_per_step, 1)
-        self.seed = seed
+            layers_per_step = check_integer(
+                "layers_per_step", layers_per_step, 1
+            )
+        self.layers_per_step = layers_per_step
         if seed is not None:
-            check_integer("seed", seed, 0, matrix_moments.LAST_SEED)
+            seed = check_integer("seed", seed, 0, matrix_moments.LAST_SEED)
+        self.seed = seed
 
     def rule(self) -> Rule:
         bounds = None

@@ -441,6 +441,17 @@ def test_config_is_plain_json(case, built):
 
 
 @each_optimizer
+def test_integers_of_numpy_are_plain_in_a_config(cls):
+    config = cls().get_config()
+    integers = {
+        name: np.int64(3)
+        for name in inspect.signature(cls.__init__).parameters
+        if type(config.get(name)) is int or name in ("layers_per_step", "seed")
+    }
+    json.dumps(cls(**integers).get_config())
+
+
+@each_optimizer
 def test_from_config_leaves_its_argument_alone(cls):
     config = cls(SCHEDULE, blocking=BLOCKING).get_config()
     before = json.dumps(config)

@@ -10,6 +10,15 @@ from collections.abc import Callable
 from keras_blockwise.blocking.axes import Axes
 from keras_blockwise.blocking.partition import Shape
 
+# What the authors of AdaBlock decompose: windows of convolutions, and chunks of
+# the rest.
+MOST_IN_WINDOW = 32
+MOST_IN_CHUNK = 10
+CHUNKED = (
+    *("dense", "embedding", "recurrent", "unknown"),
+    *("key", "query", "value"),
+)
+
 
 def keep(axes: Shape, shape: Shape) -> Shape:
     """The tile that is one entry wide on `axes` and whole on all others."""
@@ -73,15 +82,6 @@ def adablock(shape: Shape, axes: Axes) -> Shape:
         n = max(shape[axis], 1)
         tile[axis] = max(c for c in range(1, MOST_IN_CHUNK + 1) if n % c == 0)
     return tuple(tile)
-
-
-# What its authors decompose: windows of convolutions, and chunks of the rest.
-MOST_IN_WINDOW = 32
-MOST_IN_CHUNK = 10
-CHUNKED = (
-    *("dense", "embedding", "recurrent", "unknown"),
-    *("key", "query", "value"),
-)
 
 
 def adalayer_sgd(shape: Shape, axes: Axes) -> Shape | None:

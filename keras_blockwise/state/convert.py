@@ -85,19 +85,14 @@ def convert_state(
         )
     values, old_partitions = values_of(source, state)
     check_nesting(state.paths, old_partitions, state.partitions)
-    keep = state.rule.matrix_moments is not None
+    has_matrices = state.has_matrices
     for name in state.rule.second_moment.statistics:
-        matrices = {
-            i: value
-            for i, value in values[name].items()
-            if keep and state.has_matrices[i]
-        }
-        numbers = to_blocks(
-            {i: v for i, v in values[name].items() if i not in matrices},
-            old_partitions,
-            state.partitions,
-        )
-        values[name] = {**numbers, **matrices}
+        old = values[name]
+        if state.rule.matrix_moments is not None:
+            old = {i: v for i, v in old.items() if not has_matrices[i]}
+        # Matrices stay as they are: their blocks are the same.
+        new = to_blocks(old, old_partitions, state.partitions)
+        values[name] = {**values[name], **new}
     assignments = counters(source, target)
     state.assign([values[slot.name][slot.index] for slot in state.slots])
     for variable, value in assignments:
