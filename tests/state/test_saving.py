@@ -59,6 +59,7 @@ def continued(tmp_path_factory):
     return list(zip(here, run_script(CONTINUE, *paths)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "i", range(len(LAST_OF_CLASS)), ids=[c.id for c in LAST_OF_CLASS]
 )

@@ -194,7 +194,7 @@ def outcome(function: Any, setting: Setting, folder: Path) -> Any:
 
 
 DEFAULT = [
-    *(Setting("BlockAdam", format, "eager") for format in FORMATS),
+    Setting("BlockAdam", "keras", "eager"),
     Setting("BlockNadam", "checkpoint", "eager", "accumulation"),
     Setting("BlockRMSprop", "weights", "eager", "mixed_float16"),
     Setting("SPAM", "backup", "eager", "ema"),
@@ -207,6 +207,7 @@ DEFAULT = [
     Setting("BAGM", "backup", "replicas", "ema"),
 ]
 EVERY = {
+    *(Setting("BlockAdam", format, "eager") for format in FORMATS),
     *(Setting(o, "keras", "eager") for o in OPTIMIZERS),
     *(Setting(o, "weights", "xla") for o in OPTIMIZERS),
     *(Setting(o, "checkpoint", "replicas") for o in OPTIMIZERS),

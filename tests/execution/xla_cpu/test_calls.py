@@ -9,6 +9,7 @@ import keras_blockwise as kb
 from helpers.arrays import assert_near
 from helpers.arrays import to_numpy
 from helpers.cases import LAST_OF_CLASS
+from helpers.cases import each_class
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
@@ -118,7 +119,8 @@ def test_vectors_are_joined():
     assert joined(BAGM(), 16, 4096) == []
 
 
-@one_quick
+@pytest.mark.slow
+@each_class
 def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
     """The three ways in turn: in a graph, the gradients are others."""
     shapes = dict(list(SHAPES.items())[:28])
