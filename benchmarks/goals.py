@@ -105,6 +105,8 @@ OTHER_LAYERS = Goal("steps of other layers / Keras Adam's", 2.0)
 SHAPES = Goal("worst shape / Keras Adam", 1.1, 0.8)
 MANY = Goal("200 variables of 100 / Keras Adam", 1.0, 0.5)
 TORCH_STEP = Goal("step with PyTorch / Keras Adam", 1.2)
+TEXT_IN_8_BITS = Goal("int8 - float32 momentum, nats", 0.01)
+DIGITS_IN_8_BITS = Goal("int8 - float32 momentum, % wrong", 0.2)
 REPLICAS = Goal("two replicas / Keras Adam", 0.6, 0.4)
 
 

@@ -35,6 +35,7 @@ from benchmarks import contestants
 from benchmarks import report
 from benchmarks import timing
 from benchmarks.settings import OPTIMIZERS
+from benchmarks.settings import Setting
 from benchmarks.tasks import TASKS
 from benchmarks.tasks import Data
 from benchmarks.tasks import Part
@@ -87,9 +88,12 @@ def load(task: str) -> Data:
     return TASKS[task].load()
 
 
-def train(run: Run, quick: bool = False) -> Score:
-    """Trains a new model with a new optimizer."""
+def train(
+    run: Run, quick: bool = False, setting: Setting | None = None
+) -> Score:
+    """Trains a new model with a new optimizer, that of its name by default."""
     task, data = TASKS[run.task], load(run.task)
+    setting = setting or OPTIMIZERS[run.optimizer]
     if quick:
         task = replace(task, steps=QUICK_STEPS)
     start = time.perf_counter()
@@ -97,7 +101,7 @@ def train(run: Run, quick: bool = False) -> Score:
     keras.utils.set_random_seed(run.seed)
     model = task.make_model(data.classes)
     model.compile(
-        optimizer=OPTIMIZERS[run.optimizer].make(model, run.rate, task.steps),
+        optimizer=setting.make(model, run.rate, task.steps),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"] if task.accuracy else [],
     )

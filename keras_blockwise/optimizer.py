@@ -77,6 +77,8 @@ class BlockwiseOptimizer(Execution):
             the first steps that `apply` takes by itself.
         skip_nonfinite: Boolean. Whether to leave out a step whose gradient has
             an infinity or a NaN; see `BlockAdam`.
+        stochastic_rounding: Boolean. Whether to round new weights of 16 bits
+            up or down at random; see `BlockAdam`.
         learning_rate_multipliers: A mapping from the path of a variable, or a
             regular expression that matches the whole path, to a factor of its
             learning rate; see `BlockAdam`.
@@ -96,11 +98,13 @@ class BlockwiseOptimizer(Execution):
         momentum_dtype: str | None = None,
         jit_compile: bool | str = "auto",
         skip_nonfinite: bool = False,
+        stochastic_rounding: bool = False,
         learning_rate_multipliers: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         check_methods(type(self))
         check_choice("skip_nonfinite", skip_nonfinite, (True, False))
+        check_choice("stochastic_rounding", stochastic_rounding, (True, False))
         check_choice("jit_compile", jit_compile, (True, False, "auto"))
         check_choice("momentum_dtype", momentum_dtype, (None, *ITEM_SIZES))
         check_keras_numbers(kwargs)
@@ -112,6 +116,7 @@ class BlockwiseOptimizer(Execution):
         )
         self.blocking: Any = blocking  # `__setattr__` makes a `Blocking`.
         self.momentum_dtype = momentum_dtype
+        self.stochastic_rounding = stochastic_rounding
         self._storage: Storage | None = None
         self._fixed: frozenset[str] = frozenset()
         self._given = Multipliers.of(learning_rate_multipliers)
@@ -202,9 +207,10 @@ class BlockwiseOptimizer(Execution):
                 if given is not None:
                     self._given = given
                     self._multipliers = add_multipliers(self, given.values())
-            self._storage = Storage(
-                self.rule(), variables, rows, slots, self.add_slot
+            rule = replace(
+                self.rule(), stochastic_rounding=self.stochastic_rounding
             )
+            self._storage = Storage(rule, variables, rows, slots, self.add_slot)
         if self.built:
             self._fixed = fixed_arguments(type(self))
 
@@ -223,6 +229,7 @@ class BlockwiseOptimizer(Execution):
         self.check_variables(variables)
         updated = [v for v in variables if not self.has_no_update(v)]
         rule = self.rule()
+        check_has_momentum(rule, self.momentum_dtype)
         by_matrix = rule.matrix_function is not None
         resolved = iter(self.blocking.resolve(updated, by_matrix))
         rows = [
@@ -288,6 +295,7 @@ class BlockwiseOptimizer(Execution):
             "momentum_dtype": self.momentum_dtype,
             "jit_compile": self.jit_compile,
             "skip_nonfinite": self.skip_nonfinite,
+            "stochastic_rounding": self.stochastic_rounding,
             "learning_rate_multipliers": multipliers
             and multipliers.get_config(),
         }
@@ -352,6 +360,16 @@ def check_methods(cls: Any) -> None:
             f"the {cls.__name__} that is not wrapped, and average by "
             "`hvd.DistributedGradientTape` or "
             "`tf.distribute.MultiWorkerMirroredStrategy`."
+        )
+
+
+def check_has_momentum(rule: Rule, momentum_dtype: str | None) -> None:
+    """Raises an error if there is nothing to keep in 8 bits."""
+    if momentum_dtype == "int8" and not rule.momentum.has_state:
+        raise ValueError(
+            '`momentum_dtype="int8"` must be given to an optimizer with a '
+            "momentum. Received: one without, which has none to keep in 8 "
+            "bits. Leave out `momentum_dtype`."
         )
 
 

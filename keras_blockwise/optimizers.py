@@ -54,16 +54,24 @@ class BlockAdam(BlockwiseOptimizer):
         blocking: What shares one second moment: the name of a scheme, a tuple
             or a `keras_blockwise.Blocking`. Defaults to `"output_unit"`.
         momentum_dtype: Dtype of the momentum, such as `"bfloat16"`. Defaults
-            to `None`, the dtype of the variable. The second moments are
-            float32, or float64 for float64 variables.
+            to `None`, the dtype of the variable. With `"int8"` it is kept in 8
+            bits, and a float32 scale for each group of at most 256 neighbours
+            in a block, rounded at random; where that would save nothing, in
+            the dtype of the variable. The second moments are float32, or
+            float64 for float64 variables.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
             XLA. Defaults to `"auto"`: where the device can and it pays.
-        **kwargs: `skip_nonfinite`, `learning_rate_multipliers`, and the other
-            arguments of `keras.optimizers.Optimizer`: `weight_decay`,
-            `clipnorm`, `use_ema`, ... With `skip_nonfinite=True`, a step whose
-            gradient has an infinity or a NaN (or is too large to be squared)
-            changes neither weights nor state, and adds one to
-            `optimizer.skipped_steps`, a variable that is saved.
+        **kwargs: `skip_nonfinite`, `stochastic_rounding`,
+            `learning_rate_multipliers`, and the other arguments of
+            `keras.optimizers.Optimizer`: `weight_decay`, `clipnorm`,
+            `use_ema`, ... With `skip_nonfinite=True`, a step whose gradient
+            has an infinity or a NaN (or is too large to be squared) changes
+            neither weights nor state, and adds one to
+            `optimizer.skipped_steps`, a variable that is saved. With
+            `stochastic_rounding=True`, a new weight of a bfloat16 or float16
+            variable is rounded up or down at random, the same way on every
+            replica: to the nearest, a step below half a unit in its last place
+            would be lost, and lost again in the next step.
             `learning_rate_multipliers` maps the path of a variable, or a
             regular expression that matches the whole path, to a factor >= 0 of
             its learning rate, weight decay included. They are saved with the
@@ -471,9 +479,7 @@ class BAGM(BlockwiseOptimizer):
             the root. Defaults to `1e-7`.
         blocking: What shares one second moment: the name of a scheme, a tuple
             or a `keras_blockwise.Blocking`. Defaults to `"output_unit"`.
-        momentum_dtype: Dtype of the momentum, such as `"bfloat16"`. Defaults
-            to `None`, the dtype of the variable. The second moments are
-            float32, or float64 for float64 variables.
+        momentum_dtype: As in `BlockAdam`.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
             XLA. Defaults to `"auto"`: where the device can and it pays.
         **kwargs: The other arguments of `keras.optimizers.Optimizer`:
@@ -1003,9 +1009,7 @@ class BlockMuon(BlockwiseOptimizer):
             regular expression that matches one. Defaults to `None`: the layer
             that makes the output of the model given to `Blocking.from_model`,
             or else the last one, with a warning.
-        momentum_dtype: Dtype of the momentum, such as `"bfloat16"`. Defaults
-            to `None`, the dtype of the variable. The second moments are
-            float32, or float64 for float64 variables.
+        momentum_dtype: As in `BlockAdam`.
         jit_compile: Boolean or `"auto"`. Whether to compile the update with
             XLA. Defaults to `"auto"`: wherever the device can.
         **kwargs: The other arguments of `keras.optimizers.Optimizer`:

@@ -38,6 +38,7 @@ class SummaryRow:
         adam_bytes: Bytes of the state that `keras.optimizers.Adam` would have.
         multiplier: Factor of its learning rate; `None` if the optimizer has no
             `learning_rate_multipliers`.
+        momentum_dtype: Dtype of its momentum; `None` if it has none.
     """
 
     path: str
@@ -50,6 +51,7 @@ class SummaryRow:
     state_bytes: int
     adam_bytes: int
     multiplier: float | None = None
+    momentum_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ class Summary:
         multiplied = any(row.multiplier is not None for row in self.rows)
         if multiplied:
             table.add_column("rate", justify="right", no_wrap=True)
+        dtypes = {row.momentum_dtype for row in self.rows}
+        if dtypes - {None, "float32"}:
+            table.add_column("momentum", justify="right", no_wrap=True)
         if len(sources) > 1:
             table.add_column("blocks by", overflow="fold")
         for top, lines in fold(self.rows):
@@ -109,6 +114,10 @@ class Summary:
                 if multiplied:
                     rates = {f"x {row.multiplier:.3g}" for row in rows}
                     cells.append(the_only(rates))
+                if dtypes - {None, "float32"}:
+                    cells.append(
+                        the_only({row.momentum_dtype or "-" for row in rows})
+                    )
                 cells.append(the_only({row.source for row in rows}))
                 table.add_row(*cells[: len(table.columns)])
         # The same text everywhere: no colours, no cell of a notebook.
@@ -165,12 +174,15 @@ def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
     variables, rows, slots = optimizer.planned(variables)
     multipliers = optimizer.planned_multipliers(variables, rows)
     state_bytes = [0] * len(rows)
+    momentum_dtypes = {}
     for slot in slots:
         state_bytes[slot.index] += slot.num_bytes
+        if slot.name == "momentum":
+            momentum_dtypes[slot.index] = slot.dtype
     counted = set()
     lines = []
-    for variable, row, num_bytes, multiplier in zip(
-        variables, rows, state_bytes, multipliers
+    for i, (variable, row, num_bytes, multiplier) in enumerate(
+        zip(variables, rows, state_bytes, multipliers)
     ):
         if row is None:
             continue
@@ -190,6 +202,7 @@ def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
                 state_bytes=num_bytes,
                 adam_bytes=2 * math.prod(partition.shape) * ITEM_SIZES[dtype],
                 multiplier=multiplier,
+                momentum_dtype=momentum_dtypes.get(i),
             )
         )
         if group is not None:

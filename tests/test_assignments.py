@@ -45,6 +45,7 @@ VALUES = {
     "reset_warmup": 50,
     "reset_bias_correction": False,
     "ns_steps": 3,
+    "stochastic_rounding": True,
 }
 ONCE = {
     "skip_nonfinite": True,

@@ -99,6 +99,7 @@ CHOICES = [
         (kb.BlockRMSprop, "centered", (None, "yes"), [True, False]),
         (kb.AdamMini, "value", ("head", None), ["output_unit", "variable"]),
         (kb.BAG, "skip_nonfinite", (None, "auto"), [True, False]),
+        (kb.BAG, "stochastic_rounding", (None, "auto"), [True, False]),
         (kb.SPAM, "reset_bias_correction", (None, "yes"), [True, False]),
     ]
     for value in values
@@ -107,7 +108,7 @@ CHOICES = [
     for cls in (kb.BlockAdam, kb.AdamMini, kb.BAGM, kb.BlockRMSprop, kb.SPAM)
     for name, values in [
         ("jit_compile", ("yes", None, 2)),
-        ("momentum_dtype", ("int8", "float", 16)),
+        ("momentum_dtype", ("int4", "float", 16)),
     ]
     for value in values
 ]

@@ -327,6 +327,7 @@ NON_DEFAULT = {
     "seed": 5,
     "sgd_learning_rate": [0.5, 0.25],
     "skip_nonfinite": True,
+    "stochastic_rounding": True,
     "spike_threshold": 25.0,
     "use_ema": True,
     "value": "variable",

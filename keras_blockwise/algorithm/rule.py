@@ -10,6 +10,7 @@ from typing import Protocol
 from keras import ops
 
 from keras_blockwise.algorithm.accumulators import Accumulator
+from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.algorithm.matrix_moments import Bounds
 from keras_blockwise.algorithm.matrix_moments import MatrixMoments
 from keras_blockwise.algorithm.matrix_moments import columns_of
@@ -45,6 +46,7 @@ class Rule:
         bounds: Of the step sizes.
         plain_rate: Of variables without blocks, and the learning rate that it
             stands beside; `None` for the learning rate.
+        stochastic_rounding: Of new weights in 16 bits.
     """
 
     second_moment: SecondMoment
@@ -57,6 +59,7 @@ class Rule:
     matrix_moments: MatrixMoments | None = None
     bounds: Bounds | None = None
     plain_rate: Sequence[float] | None = None
+    stochastic_rounding: bool = False
 
     @property
     def rate_last(self) -> bool:
@@ -107,11 +110,17 @@ class Scalars(NamedTuple):
     momentum: Update
     bounds: tuple[Tensor, Tensor] | None
     t: Tensor
+    iterations: Tensor
     taken: Tensor = True
 
     @classmethod
     def of(
-        cls, rule: Rule, t: Tensor, learning_rate: Tensor, taken: Tensor = True
+        cls,
+        rule: Rule,
+        t: Tensor,
+        learning_rate: Tensor,
+        iterations: Tensor,
+        taken: Tensor = True,
     ) -> "Scalars":
         decay, weight, correction = rule.accumulator(t)
         root = correction**0.5
@@ -128,6 +137,7 @@ class Scalars(NamedTuple):
             momentum=rule.momentum.at(t),
             bounds=rule.bounds and rule.bounds(t),
             t=t,
+            iterations=iterations,
             taken=taken,
         )
 
@@ -150,6 +160,9 @@ class Kernels(Protocol):
     ) -> Tensors:
         """The sums of `averaged(g)` over each block; `w` helps to schedule."""
 
+    def largest_of(self, x: Tensor, groups: Groups) -> Tensor:
+        """The largest absolute value of each group."""
+
     def of_matrices(
         self, function: MatrixFunction, xs: Sequence[Tensor]
     ) -> Sequence[Tensor]:
@@ -158,4 +171,7 @@ class Kernels(Protocol):
     def run(
         self, blocks: Sequence[BlockUpdate], entries: Sequence[EntryUpdate]
     ) -> tuple[Sequence[Tensors], Any]:
-        """The new statistics of each unit, and the new values of each unit."""
+        """The new statistics of each unit, and the new values of each unit.
+
+        A momentum with an `encoding` is encoded: codes and scales.
+        """

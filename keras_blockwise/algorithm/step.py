@@ -35,6 +35,7 @@ from functools import partial
 from typing import Any
 from typing import cast
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -51,6 +52,10 @@ from keras_blockwise.algorithm.orthogonal import TINY
 from keras_blockwise.algorithm.orthogonal import MatrixFunction
 from keras_blockwise.algorithm.orthogonal import from_matrices
 from keras_blockwise.algorithm.orthogonal import to_matrices
+from keras_blockwise.algorithm.rounding import SIXTEEN_BITS
+from keras_blockwise.algorithm.rounding import WEIGHT
+from keras_blockwise.algorithm.rounding import random_numbers
+from keras_blockwise.algorithm.rounding import rounded_to
 from keras_blockwise.algorithm.rule import Kernels
 from keras_blockwise.algorithm.rule import Rule
 from keras_blockwise.algorithm.rule import Scalars
@@ -120,7 +125,7 @@ def step(
     @functools.cache
     def at(dtype: str) -> Scalars:
         rate = ops.cast(learning_rate, dtype)
-        return Scalars.of(rule, time(dtype), rate, taken)
+        return Scalars.of(rule, time(dtype), rate, iterations, taken)
 
     blocks = [
         BlockUpdate(
@@ -161,13 +166,21 @@ def entry_update(
         rate = ops.cast(unit.rate, unit.dtype)
         multiplier = rate if multiplier is None else rate * multiplier
     return EntryUpdate(
-        partial(entry_step, rule, at, unit.weight_decay, multiplier),
+        partial(
+            entry_step,
+            rule,
+            at,
+            unit.weight_decay,
+            multiplier,
+            unit.variable_of,
+        ),
         unit.dtype,
         unit.positions,
         unit.partitions,
         join([gradients[p] for p in unit.positions]),
         (*unit.variables, *unit.momentum),
         rule.momentum_of_gradient,
+        unit.encoding,
     )
 
 
@@ -281,6 +294,7 @@ def entry_step(
     at: Scalars,
     weight_decay: float | np.ndarray,
     multiplier: Tensor | None,
+    variable_of: int | np.ndarray,
     step_size: Tensor,
     *entries: Tensor,
 ) -> Tensors:
@@ -301,9 +315,25 @@ def entry_step(
         m, direction = at.momentum(m, step_size * g)
     if rule.rate_last:
         direction = learning_rate * direction
-    w_decayed = decayed(w, weight_decay, learning_rate)
-    new = (w_decayed - direction, *([m] if state else []))
+    w_new = decayed(w, weight_decay, learning_rate) - direction
+    w_new = in_16_bits(rule, at, w_new, entries[1].dtype, variable_of)
+    new = (w_new, *([m] if state else []))
     return at.if_taken(new, (w, *state))
+
+
+def in_16_bits(
+    rule: Rule,
+    at: Scalars,
+    w: Tensor,
+    dtype: Any,
+    variable_of: int | np.ndarray,
+) -> Tensor:
+    """New weights as numbers of the dtype of their variable, if at random."""
+    dtype = keras.backend.standardize_dtype(dtype)
+    if not rule.stochastic_rounding or dtype not in SIXTEEN_BITS:
+        return w
+    noise = random_numbers(at.iterations, variable_of, tuple(w.shape), WEIGHT)
+    return rounded_to(dtype, ops.cast(w, "float32"), noise)
 
 
 def decayed(
@@ -353,6 +383,8 @@ def matrix_step(
         if multiplier is not None:
             rate = rate * multiplier
         changed = decayed(w, unit.weight_decay[i], rate) - rate * direction
+        own = unit.variables[i].dtype
+        changed = in_16_bits(rule, at, changed, own, unit.variable_of[i])
         new.append((statistics, (*at.if_taken((changed,), (w,)), *momentum[i])))
     return new
 

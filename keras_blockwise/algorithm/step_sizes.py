@@ -59,7 +59,7 @@ def step_sizes(
 
     def at(dtype: str) -> Scalars:
         return Scalars.of(
-            rule, ops.cast(t, dtype), ops.cast(learning_rate, dtype)
+            rule, ops.cast(t, dtype), ops.cast(learning_rate, dtype), t
         )
 
     found: dict[int, StepSizes] = {}

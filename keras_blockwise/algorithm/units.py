@@ -15,6 +15,7 @@ import numpy as np
 from keras_blockwise.algorithm.blocks import reshape
 from keras_blockwise.algorithm.blocks import split
 from keras_blockwise.algorithm.blocks import spread
+from keras_blockwise.algorithm.eight_bits import Encoding
 from keras_blockwise.algorithm.second_moment import Tensors
 from keras_blockwise.blocking.partition import Matrices
 from keras_blockwise.blocking.partition import Partition
@@ -72,6 +73,7 @@ class Weights(NamedTuple):
         rate: A factor of their learning rate, of each entry if it differs.
         variables: The variables; their values are joined.
         momentum: Their momentum; empty if the rule has none.
+        encoding: How it is kept, if not as numbers.
     """
 
     dtype: str
@@ -82,6 +84,7 @@ class Weights(NamedTuple):
     rate: float | np.ndarray
     variables: tuple[Any, ...]
     momentum: tuple[Any, ...]
+    encoding: Encoding | None = None
 
 
 class MatrixWeights(NamedTuple):
@@ -172,6 +175,7 @@ class EntryUpdate(NamedTuple):
         gradient: The gradients, joined.
         values: Weights, and momentum if the rule has one, before the step.
         momentum_of_gradient: Whether the new momentum needs no step size.
+        encoding: As in `Weights`.
     """
 
     function: Callable[..., Tensors]
@@ -181,6 +185,7 @@ class EntryUpdate(NamedTuple):
     gradient: Tensor
     values: Tensors
     momentum_of_gradient: bool
+    encoding: Encoding | None
 
     def arguments(self, step_sizes: dict[int, Tensor]) -> Tensors:
         """Those of `function`, in shapes that broadcast to each other."""

@@ -14,6 +14,8 @@ import keras
 from keras import ops
 
 from keras_blockwise.algorithm.blocks import block_sum
+from keras_blockwise.algorithm.eight_bits import Groups
+from keras_blockwise.algorithm.eight_bits import largest_of
 from keras_blockwise.algorithm.orthogonal import MatrixFunction
 from keras_blockwise.algorithm.orthogonal import together
 from keras_blockwise.algorithm.second_moment import Tensors
@@ -41,6 +43,10 @@ class PlainKernels:
         """The sums of `averaged(g)` over each block."""
         return tuple(block_sum(x, partition) for x in averaged(g))
 
+    def largest_of(self, x: Tensor, groups: Groups) -> Tensor:
+        """The largest absolute value of each group."""
+        return largest_of(x, groups)
+
     def of_matrices(
         self, function: MatrixFunction, xs: Sequence[Tensor]
     ) -> Sequence[Tensor]:
@@ -65,8 +71,18 @@ class PlainKernels:
             step_sizes |= block.by_position(step_size)
             statistics.append(tuple(new))
         return statistics, (
-            entry.function(*entry.arguments(step_sizes)) for entry in entries
+            self._new_values(entry, step_sizes) for entry in entries
         )
+
+    def _new_values(
+        self, entry: EntryUpdate, step_sizes: dict[int, Tensor]
+    ) -> Tensors:
+        new = entry.function(*entry.arguments(step_sizes))
+        if entry.encoding is None:
+            return new
+        w, m = new
+        largest = self.largest_of(m, entry.encoding.groups)
+        return w, *entry.encoding.encode(m, largest)
 
     def calls(self, accumulators: Sequence[Any]) -> list[slice]:
         """Which variables to update in one call after the other: all in one.

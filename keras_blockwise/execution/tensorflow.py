@@ -408,20 +408,12 @@ def native(variable: Variable) -> Any:
 
 def devices_of(batch: Batch) -> set[str]:
     """Where the variables and the state of a step are."""
-    parts = [
-        part
-        for unit in batch.matrices
-        for own in (*unit.momentum, *unit.statistics)
-        for part in own
-    ]
-    variables = [
-        *(v for unit in batch.matrices for v in unit.variables),
-        *(part.variable for part in parts),
-        *(v for unit in batch.weights for v in unit.variables),
-        *(part.variable for unit in batch.weights for part in unit.momentum),
-        *(p.variable for unit in batch.accumulators for p in unit.statistics),
-    ]
-    return {native(variable).device for variable in variables}
+    variables = (keras.Variable, tf.Variable)
+    return {
+        native(leaf).device
+        for leaf in tf.nest.flatten(batch)
+        if isinstance(leaf, variables)
+    }
 
 
 def kernels_on(devices: set[str]) -> PlainKernels:

@@ -24,6 +24,7 @@ from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.execution.hooks import scalars_of
 from keras_blockwise.execution.plain import PlainOptimizer
+from keras_blockwise.state.storage import EncodedPart
 from keras_blockwise.state.storage import Part
 from keras_blockwise.state.storage import Storage
 
@@ -219,9 +220,11 @@ def stacked(
     )
 
 
-def viewed(part: Part, shapes: Sequence[Shape]) -> Part:
+def viewed(
+    part: Part | EncodedPart, shapes: Sequence[Shape]
+) -> Part | EncodedPart:
     """Slots of these shapes, as views if they share a variable with others."""
-    if part.index is None:
+    if isinstance(part, EncodedPart) or part.index is None:
         return part
     sizes = [math.prod(shape) for shape in shapes]
     return Part(Slots([part], [sizes], (sum(sizes),)))
@@ -248,7 +251,7 @@ def stack_alike(
 ) -> StackedBatch:
     """What `state.batch` returns, with stacks of variables that are alike."""
     alike: dict[Any, list[int]] = {}
-    is_matrix = state.has_matrices
+    is_matrix, in_8_bits = state.has_matrices, state.in_8_bits
     # In the order in which their state is kept.
     for i in sorted(indices):
         variable, partition = state.variables[i], state.partitions[i]
@@ -257,6 +260,7 @@ def stack_alike(
             partition is not None
             and partition.group is None
             and not is_matrix[i]
+            and not in_8_bits[i]
             and math.prod(partition.shape) <= LARGEST
         ):
             device = variable.value.device

@@ -11,6 +11,7 @@ from keras_blockwise.algorithm.rule import Rule
 from keras_blockwise.algorithm.step import step
 from keras_blockwise.algorithm.units import Batch
 from keras_blockwise.algorithm.units import MatrixWeights
+from keras_blockwise.state.storage import EncodedPart
 from keras_blockwise.state.storage import Part
 
 Tensor = Any
@@ -51,7 +52,7 @@ def update(
     """
     statistics, entries, matrices, taken = step(
         rule,
-        values_of(batch, read),
+        values_of(batch, read, iterations),
         gradients,
         learning_rate,
         iterations,
@@ -60,28 +61,29 @@ def update(
         multipliers,
     )
 
-    def write(part: Part, value: Tensor) -> None:
-        assign(part.variable, part.with_value(value, read))
+    def write(part: Part | EncodedPart, *values: Tensor) -> None:
+        part.write(values, taken, read, assign)
 
     for accumulators, new in zip(batch.accumulators, statistics):
         for part, value in zip(accumulators.statistics, new):
             write(part, value)
-    for weights, (w, *momentum) in zip(batch.weights, entries):
+    for weights, (w, *new) in zip(batch.weights, entries):
         shapes = [partition.shape for partition in weights.partitions]
         for variable, value in zip(weights.variables, split(w, shapes)):
             assign(variable, value)
-        for part, value in zip(weights.momentum, momentum):
-            write(part, value)
+        for part in weights.momentum:
+            write(part, *new)
     for unit, updates in zip(batch.matrices, matrices):
         for i, (new, (w, *momentum)) in enumerate(updates):
             assign(unit.variables[i], w)
-            parts = (*unit.statistics[i], *unit.momentum[i])
-            for part, value in zip(parts, (*new, *momentum), strict=True):
+            for part, value in zip(unit.statistics[i], new, strict=True):
                 write(part, value)
+            for part, value in zip(unit.momentum[i], momentum, strict=True):
+                write(part, *encoded(part, value, iterations, kernels))
     return taken
 
 
-def values_of(batch: Batch, read: Read) -> Batch:
+def values_of(batch: Batch, read: Read, iterations: Tensor) -> Batch:
     """The values of all variables, read in the order in which to use them."""
     unit_at = {
         position: k
@@ -99,12 +101,30 @@ def values_of(batch: Batch, read: Read) -> Batch:
                 accumulators[k] = own._replace(statistics=values)
         w = join([read(variable) for variable in unit.variables])
         momentum = tuple(part.value(read) for part in unit.momentum)
-        weights.append(unit._replace(variables=(w,), momentum=momentum))
+        encoding = None
+        if unit.momentum:
+            encoding = unit.momentum[0].encoding(iterations)
+        weights.append(
+            unit._replace(variables=(w,), momentum=momentum, encoding=encoding)
+        )
     return Batch(
         [accumulators[k] for k in sorted(accumulators)],
         weights,
         [values_of_matrices(unit, read) for unit in batch.matrices],
     )
+
+
+def encoded(
+    part: Part | EncodedPart,
+    value: Tensor,
+    iterations: Tensor,
+    kernels: Kernels,
+) -> tuple[Tensor, ...]:
+    """What is kept of the momentum of a matrix."""
+    encoding = part.encoding(iterations)
+    if encoding is None:
+        return (value,)
+    return encoding.encode(value, kernels.largest_of(value, encoding.groups))
 
 
 def values_of_matrices(unit: MatrixWeights, read: Read) -> MatrixWeights:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_blockwise.blocking.axes import path_of
-from keras_blockwise.state.slots import ITEM_SIZES
+from keras_blockwise.state.slots import FLOATS
 
 Variable = Any
 
@@ -34,13 +34,13 @@ def check_distinct(
 def check_trainable(variable: Variable) -> None:
     """Raises an error if a variable cannot be trained."""
     dtype = str(getattr(variable.dtype, "name", variable.dtype))
-    if dtype not in ITEM_SIZES:
+    if dtype not in FLOATS:
         remedy = "Leave it out of the trainable variables."
         if dtype.startswith("complex"):
             remedy = "Train two variables, its real and its imaginary part."
         raise ValueError(
             f"Variable {path_of(variable)!r} must have one of the dtypes "
-            f"{list(ITEM_SIZES)}. Received: dtype={dtype}. {remedy}"
+            f"{FLOATS}. Received: dtype={dtype}. {remedy}"
         )
     shape = variable.shape
     if getattr(shape, "rank", 0) is None or None in tuple(shape):

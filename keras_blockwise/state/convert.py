@@ -94,7 +94,7 @@ def convert_state(
         new = to_blocks(old, old_partitions, state.partitions)
         values[name] = {**values[name], **new}
     assignments = counters(source, target)
-    state.assign([values[slot.name][slot.index] for slot in state.slots])
+    state.assign_by_weight(values)
     for variable, value in assignments:
         variable.assign(value)
 

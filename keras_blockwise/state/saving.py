@@ -25,6 +25,8 @@ Optimizer = Any
 INITIAL = {"iteration", "learning_rate", "skipped_steps"}
 # The kind of a variable that a subclass has added, before or after.
 ADDED = "a variable of a subclass"
+# Stands before the dtype of a momentum.
+IN = " in "
 REMEDY = (
     "None of it was loaded. Compile the model with the optimizer and the "
     "blocking that were saved, or load the weights without the optimizer."
@@ -211,11 +213,20 @@ def slot_entries(
     return [
         Entry(
             slot_name(weights[slot.index], slot),
-            f"{weights[slot.index].name}/{slot.name}",
+            f"{weights[slot.index].name}/{slot.name}"
+            + dtype_of(slot, variables[slot.index]),
             slot.shape,
         )
         for slot in slots
     ]
+
+
+def dtype_of(slot: Slot, variable: Variable) -> str:
+    """What a kind says of the dtype of a momentum."""
+    if slot.name != "momentum":
+        return ""
+    own = keras.backend.standardize_dtype(variable.dtype)
+    return IN + ("the dtype of the weight" if slot.dtype == own else slot.dtype)
 
 
 def check_class(optimizer: Optimizer, name: str) -> None:
@@ -249,6 +260,15 @@ def check_layout(
             positions.pop()  # A subclass adds it in `build`.
     own = [own[i] for i in positions]
     for entry, (kind, shape) in zip(own, received):
+        if entry.kind != kind and same_but_dtype(entry.kind, kind):
+            if IN in kind or entry.kind.endswith("int8"):
+                raise ValueError(
+                    "The saved state must have the `momentum_dtype` of this "
+                    f"optimizer. {entry.name!r} is {entry.kind}. Received: "
+                    f"{kind}. {REMEDY} `convert_state` copies the state of an "
+                    "optimizer with the `momentum_dtype` that was saved."
+                )
+            kind = entry.kind  # Of a version that did not save the dtype.
         if (entry.kind, entry.shape) != (kind, shape):
             raise ValueError(
                 "The saved state must have the blocks of this optimizer. "
@@ -261,6 +281,11 @@ def check_layout(
             f"{len(received)}. {REMEDY}"
         )
     return positions
+
+
+def same_but_dtype(kind: str, other: str) -> bool:
+    """Whether two kinds are the momentum of one weight."""
+    return kind.partition(IN)[0] == other.partition(IN)[0]
 
 
 def decode(names: Any) -> list[str]:

@@ -5,12 +5,24 @@ from collections.abc import Hashable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from keras_blockwise.algorithm.eight_bits import Groups
+from keras_blockwise.algorithm.eight_bits import saves_memory
 from keras_blockwise.algorithm.rule import Rule
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
 
 # Bytes of one number of the dtypes that a slot can have.
-ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+ITEM_SIZES = {
+    "int8": 1,
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float64": 8,
+}
+# The slot of the scales of a momentum in 8 bits.
+SCALE = "momentum_scale"
+# Those of variables that can be trained.
+FLOATS = [dtype for dtype in ITEM_SIZES if dtype != "int8"]
 
 # What a slot is known by: its name, and a variable's position or a group.
 Key = str | int | None
@@ -92,9 +104,9 @@ def plan_slots(
         if partition is None:
             continue
         if rule.momentum.has_state:
-            dtype = momentum_dtype or dtypes[i]
-            kind = ("momentum", dtype, dtypes[i], step_dtype, places[i])
-            slots.append(Slot(i, "momentum", partition.shape, dtype, 0.0, kind))
+            slots += momentum_slots(
+                i, partition, dtypes[i], step_dtype, momentum_dtype, places[i]
+            )
         if keys[i] in seen or partition.block_shape is None:
             continue
         seen.add(keys[i])
@@ -111,3 +123,35 @@ def plan_slots(
                 )
             )
     return slots
+
+
+def momentum_slots(
+    index: int,
+    partition: Partition,
+    dtype: str,
+    step_dtype: str,
+    momentum_dtype: str | None,
+    place: Hashable,
+) -> list[Slot]:
+    """The momentum of one variable; of two slots if it is kept in 8 bits.
+
+    Args:
+        index: Position of the variable.
+        partition: Its blocks.
+        dtype: Its dtype.
+        step_dtype: What its step is computed in.
+        momentum_dtype: As in `plan_slots`.
+        place: As in `plan_slots`.
+    """
+    shape = partition.shape
+    if momentum_dtype == "int8":
+        if saves_memory(partition, ITEM_SIZES[dtype]):
+            scale_shape = Groups.of(partition).scale_shape
+            return [
+                Slot(index, "momentum", shape, "int8", 0.0, ("codes", index)),
+                Slot(index, SCALE, scale_shape, "float32", 0.0, (SCALE, index)),
+            ]
+        momentum_dtype = None
+    own = momentum_dtype or dtype
+    kind = ("momentum", own, dtype, step_dtype, place)
+    return [Slot(index, "momentum", shape, own, 0.0, kind)]

@@ -6,10 +6,12 @@ numbers. So small slots of one kind are kept together in one variable.
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from typing import NamedTuple
 
@@ -18,6 +20,12 @@ import numpy as np
 from keras import ops
 
 from keras_blockwise.algorithm.blocks import reshape
+from keras_blockwise.algorithm.eight_bits import Encoding
+from keras_blockwise.algorithm.eight_bits import Groups
+from keras_blockwise.algorithm.eight_bits import decode
+from keras_blockwise.algorithm.eight_bits import largest_of
+from keras_blockwise.algorithm.rounding import NEAREST
+from keras_blockwise.algorithm.rounding import random_numbers
 from keras_blockwise.algorithm.rule import Rule
 from keras_blockwise.algorithm.units import Accumulators
 from keras_blockwise.algorithm.units import Batch
@@ -28,6 +36,7 @@ from keras_blockwise.blocking.axes import Weight
 from keras_blockwise.blocking.blocking import Row
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
+from keras_blockwise.state.slots import SCALE
 from keras_blockwise.state.slots import Key
 from keras_blockwise.state.slots import Slot
 from keras_blockwise.state.slots import accumulator_keys
@@ -38,6 +47,8 @@ Variable = Any
 Array = Any
 # `(variable, name, shape, dtype, value)`, the variable of the first slot.
 AddSlot = Callable[[Variable, str, Shape, str, float], Variable]
+Read = Callable[[Variable], Tensor]
+Assign = Callable[[Variable, Tensor], None]
 
 # Slots with fewer numbers are kept together: a kernel for them takes as long to
 # launch as to run. A `tf.train.Checkpoint` has the state variables as they are,
@@ -46,6 +57,10 @@ SMALL = 4096
 # How many small slots share a variable. XLA compiles one kernel for each of
 # them, and uses these again for the next variable.
 TOGETHER = 16
+
+
+# The slots of a momentum in 8 bits.
+ENCODED = ("momentum", SCALE)
 
 
 class Part(NamedTuple):
@@ -59,21 +74,68 @@ class Part(NamedTuple):
     variable: Variable
     index: Any = None
 
-    def value(self, read: Callable[[Variable], Tensor]) -> Tensor:
+    def value(self, read: Read) -> Tensor:
         value = read(self.variable)
         return value if self.index is None else ops.take(value, self.index)
 
-    def with_value(
-        self, value: Tensor, read: Callable[[Variable], Tensor]
-    ) -> Tensor:
-        """What the variable is with another value here."""
+    def encoding(self, iterations: Tensor) -> None:
+        """Nothing: the numbers are kept as they are."""
+
+    def write(
+        self,
+        values: Sequence[Tensor],
+        taken: Tensor,
+        read: Read,
+        assign: Assign,
+    ) -> None:
+        """Makes the numbers here those of `values`, a single tensor."""
+        (value,) = values
         if self.index is not None:
             value = ops.scatter_update(
                 read(self.variable),
                 self.index[:, None],
                 ops.cast(reshape(value, self.index.shape), self.variable.dtype),
             )
-        return reshape(value, self.variable.shape)
+        assign(self.variable, reshape(value, self.variable.shape))
+
+
+class EncodedPart(NamedTuple):
+    """Numbers that are kept in 8 bits, in two state variables.
+
+    Args:
+        codes: The codes, in the shape of the variable that they are for.
+        scales: The scale of each group.
+        groups: The groups.
+        number: What the variable is known by, where random numbers are drawn.
+    """
+
+    codes: Variable
+    scales: Variable
+    groups: Groups
+    number: int
+
+    def value(self, read: Read) -> Tensor:
+        return decode(read(self.codes), read(self.scales), self.groups)
+
+    def encoding(self, iterations: Tensor) -> Encoding:
+        """How they are kept in a step."""
+        shape = self.groups.shape
+        return Encoding(
+            self.groups, partial(random_numbers, iterations, self.number, shape)
+        )
+
+    def write(
+        self,
+        values: Sequence[Tensor],
+        taken: Tensor,
+        read: Read,
+        assign: Assign,
+    ) -> None:
+        """Keeps codes and scales; those before, if the step was left out."""
+        for variable, value in zip((self.codes, self.scales), values):
+            if taken is not True:
+                value = ops.where(taken, value, read(variable))
+            assign(variable, value)
 
 
 def packed(slots: Sequence[Slot]) -> list[list[Slot]]:
@@ -173,6 +235,12 @@ class Storage:
         return [i in self._matrices for i in range(len(self.variables))]
 
     @property
+    def in_8_bits(self) -> list[bool]:
+        """Whether the momentum of each variable is kept in 8 bits."""
+        indices = range(len(self.variables))
+        return [(SCALE, i) in self._slots for i in indices]
+
+    @property
     def paths(self) -> list[str]:
         return [Weight.of(variable).path for variable in self.variables]
 
@@ -201,6 +269,16 @@ class Storage:
         What a group shares stands there for each of its members.
         """
         values = dict(zip(self.slots, self.values()))
+        for i, is_encoded in enumerate(self.in_8_bits):
+            if is_encoded:
+                codes, scale = (self._slots[name, i] for name in ENCODED)
+                values[codes] = ops.convert_to_numpy(
+                    decode(
+                        values[codes],
+                        values[scale],
+                        Groups.of(self._partitions[i]),
+                    )
+                )
         names = ["momentum"] * self.rule.momentum.has_state
         return {
             name: {
@@ -210,6 +288,23 @@ class Storage:
             }
             for name in [*names, *self.rule.second_moment.statistics]
         }
+
+    def assign_by_weight(self, values: dict[str, dict[int, Array]]) -> None:
+        """Sets every slot to what `values_by_weight` would return."""
+        new = {
+            slot: values[slot.name][slot.index]
+            for slot in self.slots
+            if slot.name in values
+        }
+        for i, is_encoded in enumerate(self.in_8_bits):
+            if is_encoded:
+                codes, scale = (self._slots[name, i] for name in ENCODED)
+                groups = Groups.of(self._partitions[i])
+                m = ops.convert_to_tensor(new[codes], "float32")
+                to_nearest = Encoding(groups, lambda: NEAREST)
+                encoded = to_nearest.encode(m, largest_of(m, groups))
+                new[codes], new[scale] = map(ops.convert_to_numpy, encoded)
+        self.assign([new[slot] for slot in self.slots])
 
     def accumulator_keys_of(self, indices: Sequence[int]) -> list[Key]:
         """What the accumulators of some variables are known by."""
@@ -226,10 +321,10 @@ class Storage:
         """
         position_of = {i: position for position, i in enumerate(indices)}
         others = [i for i in indices if i not in self._matrices]
-        together: list[tuple[Sequence[int], tuple[Part, ...]]]
+        together: list[tuple[Sequence[int], tuple[Part | EncodedPart, ...]]]
         if self.rule.momentum.has_state:
             together = [
-                (own, (part,))
+                (own, (self._encoded(own) or part,))
                 for own, part in self._together("momentum", others)
             ]
         else:
@@ -316,7 +411,6 @@ class Storage:
         def parts(i: int, names: Iterable[str]) -> tuple[Part, ...]:
             return tuple(self._together(name, [i])[0][1] for name in names)
 
-        momentum = ["momentum"] * self.rule.momentum.has_state
         statistics = self.rule.second_moment.statistics
         return [
             MatrixWeights(
@@ -327,7 +421,7 @@ class Storage:
                 tuple(positions[i] for i in own),
                 tuple(weight_decay(i) for i in own),
                 tuple(self.variables[i] for i in own),
-                tuple(parts(i, momentum) for i in own),
+                tuple(self._momentum_of(i) for i in own),
                 tuple(
                     parts(i, [s for s in statistics if (s, i) in self._slots])
                     for i in own
@@ -337,8 +431,28 @@ class Storage:
             for (dtype, partition, matrices), own in alike.items()
         ]
 
+    def _momentum_of(self, index: int) -> tuple[Part | EncodedPart, ...]:
+        """The momentum of one variable, kept by itself, if it has one."""
+        if not self.rule.momentum.has_state:
+            return ()
+        ((_, part),) = self._together("momentum", [index])
+        return (self._encoded([index]) or part,)
+
+    def _encoded(self, indices: Sequence[int]) -> EncodedPart | None:
+        """The momentum of one variable, if it is kept in 8 bits."""
+        i = indices[0]
+        if (SCALE, i) not in self._slots:
+            return None
+        codes, scales = (
+            self._together(name, [i])[0][1].variable for name in ENCODED
+        )
+        # By its path: whichever variables stand beside it, and in which order.
+        number = zlib.crc32(self.paths[i].encode()) >> 2
+        groups = Groups.of(self._partitions[i])
+        return EncodedPart(codes, scales, groups, number)
+
     def _keys_of(self, name: str) -> Sequence[Any]:
-        return range(len(self.rows)) if name == "momentum" else self._keys
+        return range(len(self.rows)) if name in ENCODED else self._keys
 
     def _together(
         self, name: str, keys: Sequence[Any]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import keras_blockwise as kb
+from helpers import eight_bits
 from helpers import oracle
 from helpers.cases import HIDDEN
 from helpers.cases import SCHEMES
@@ -19,6 +20,8 @@ from helpers.tensorflow import tf
 from helpers.training import eager
 from helpers.training import graph
 from helpers.training import train
+from keras_blockwise.algorithm.eight_bits import saves_memory
+from keras_blockwise.blocking.partition import Partition
 
 STEPS = 20
 
@@ -246,6 +249,8 @@ def check_truth(
     """
     shapes = {path: SHAPES[path] for path in tiles}
     variables = make_variables(shapes, dtype)
+    arguments = dict(case.kwargs)
+    momentum_dtype = arguments.pop("momentum_dtype", momentum_dtype)
     # `None` in a tile is the whole axis.
     tiles = {
         path: tile
@@ -266,8 +271,8 @@ def check_truth(
         label_arrays(tiles),
         **own,
         store=rounding(dtype),
-        store_momentum=rounding(momentum_dtype or dtype),
-        **case.kwargs,
+        store_momentum=storing(dtype, momentum_dtype or dtype, tiles),
+        **arguments,
     )
     if momentum_dtype:
         kwargs["momentum_dtype"] = momentum_dtype
@@ -287,7 +292,9 @@ def check_truth(
             truth.step(given, rates)
 
     # Two units in the last place of what is rounded in each step.
-    low = max(dtype, momentum_dtype or dtype, key=TOLERANCES.get)
+    # (A scale of 8 bits is float32.)
+    of_momentum = (momentum_dtype or dtype).replace("int8", "float32")
+    low = max(dtype, of_momentum, key=TOLERANCES.get)
     tolerance = TOLERANCES[low]
     if case.cls is kb.AdaBlock and (jit_compile or dtype == "float32"):
         # Both find an eigenvalue to 1e-7 of the largest. Measured: 1.5e-5.
@@ -297,13 +304,16 @@ def check_truth(
     for path, variable, weight in zip(tiles, variables, truth.weights):
         assert_stored(path, variable, weight, dtype, tolerance)
     assert int(optimizer.iterations) == truth.t
-    state = slots_of(optimizer)
+    in_8_bits = momentum_dtype == "int8"
+    state = decoded(optimizer) if in_8_bits else slots_of(optimizer)
     expected = expected_state(truth, case, tiles)
     assert state.keys() == expected.keys()
     for name, variable in state.items():
         value = expected[name]
         if name.endswith("momentum"):
             slot_dtype = momentum_dtype or dtype
+            if in_8_bits:
+                slot_dtype = variable.dtype
             assert_stored(name, variable, value, slot_dtype, TOLERANCES[low])
         else:
             slot_dtype = "float64" if dtype == "float64" else "float32"
@@ -342,6 +352,36 @@ TOLERANCES = {
 
 def to_float64(variable):
     return np.float64(keras.ops.convert_to_numpy(variable))
+
+
+def storing(dtype, momentum_dtype, tiles):
+    """What storing a momentum does to it."""
+    if momentum_dtype != "int8":
+        rounded = rounding(momentum_dtype)
+        return lambda m, k, t: rounded(m)
+    rounded = rounding(dtype)
+
+    def store(m, k, t):
+        path, tile = list(tiles.items())[k]
+        tile = m.shape if isinstance(tile, str) else tile
+        partition = Partition(m.shape, tile)
+        if not saves_memory(partition, np.dtype(dtype).itemsize):
+            return rounded(m)
+        return eight_bits.stored(m, path, partition, t - 1)
+
+    return store
+
+
+def decoded(optimizer):
+    """The slots, with a momentum in 8 bits as numbers."""
+    state = optimizer.block_state
+    momentum = state.values_by_weight()["momentum"]
+    slots = zip(state.slots, slots_of(optimizer).items(), strict=True)
+    return {
+        name: momentum[slot.index] if slot.name == "momentum" else value
+        for slot, (name, value) in slots
+        if slot.name != "momentum_scale"
+    }
 
 
 def rounding(dtype):

@@ -61,6 +61,7 @@ CASES = [
         {"amsgrad": True, **BETAS},
     ),
     Case(kb.AdamMini),
+    Case(kb.AdamMini, {"momentum_dtype": "int8"}),
     Case(kb.Adalayer, HIDDEN),
     Case(kb.BlockNadam, BETAS, Nadam, BETAS),
     Case(kb.BAGM, {"momentum": 0.0}),

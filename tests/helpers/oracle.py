@@ -34,7 +34,8 @@ class Oracle:
         weights: Initial value of each variable.
         labels: Label array of each variable.
         store: What storing a weight does to it, such as rounding.
-        store_momentum: What storing a momentum does to it.
+        store_momentum: What storing the momentum of variable `k` in a step
+            `t` does to it.
         **hyper: The hyper-parameters of `update`.
     """
 
@@ -43,7 +44,7 @@ class Oracle:
         weights,
         labels,
         store=np.float64,
-        store_momentum=np.float64,
+        store_momentum=lambda m, k, t: m,
         **hyper,
     ):
         self.weights = [np.array(w, np.float64) for w in weights]
@@ -90,7 +91,9 @@ class Oracle:
             else:
                 v, a = self.of_variable(k)
             m, change = self.update(rates[k], g, m, v, a, **hyper)
-            self.momentum[k] = np.array(self.store_momentum(m), np.float64)
+            self.momentum[k] = np.array(
+                self.store_momentum(m, k, self.t), np.float64
+            )
             w = self.store(self.weights[k] + change)
             self.weights[k] = np.array(w, np.float64)
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.algorithm.orthogonal import MatrixFunction
 from keras_blockwise.algorithm.orthogonal import together
 from keras_blockwise.algorithm.second_moment import Tensors
@@ -59,6 +60,9 @@ class XlaCpuKernels(PlainKernels):
     ) -> Tensors:
         g = sums.read_along(g, w, partition)
         return tuple(sums.block_sum(x, partition) for x in averaged(g))
+
+    def largest_of(self, x: Tensor, groups: Groups) -> Tensor:
+        return sums.largest_of(x, groups)
 
     def of_matrices(
         self, function: MatrixFunction, xs: Sequence[Tensor]

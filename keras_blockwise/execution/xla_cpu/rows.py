@@ -14,9 +14,11 @@ import tensorflow as tf
 from keras import ops
 from tensorflow.compiler.tf2xla.python import xla
 
+from keras_blockwise.algorithm.eight_bits import Encoding
 from keras_blockwise.algorithm.second_moment import Tensors
 from keras_blockwise.algorithm.units import BlockUpdate
 from keras_blockwise.algorithm.units import EntryUpdate
+from keras_blockwise.execution.xla_cpu import sums
 from keras_blockwise.execution.xla_cpu.barriers import after
 
 Tensor = Any
@@ -44,12 +46,14 @@ class Pass(NamedTuple):
         values: The variables before the step.
         in_rows: Whether to cut the variables into rows: possible, and several
             of them need all inputs, so that it saves memory traffic.
+        encoding: How the second value is kept, if not as numbers.
     """
 
     function: Callable[..., Sequence[Tensor]]
     inputs: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     in_rows: bool
+    encoding: Encoding | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,6 +120,7 @@ def pass_of(entry: EntryUpdate, step_sizes: dict[int, Tensor]) -> Pass:
         can_be_cut(entry, values)
         and len(values) > 1
         and not entry.momentum_of_gradient,
+        entry.encoding,
     )
 
 
@@ -146,8 +151,10 @@ def can_be_cut(entry: EntryUpdate, values: Sequence[Tensor]) -> bool:
     The weight decay of several variables may differ, and XLA would copy all of
     a variable that is stored in 16 bits.
     """
-    return len(entry.positions) == 1 and all(
-        value.dtype == entry.dtype for value in values
+    return (
+        len(entry.positions) == 1
+        and entry.encoding is None
+        and all(value.dtype == entry.dtype for value in values)
     )
 
 
@@ -160,6 +167,8 @@ def new_values(passes: Sequence[Pass], cores: int) -> list[list[Tensor]]:
         if i in rows:
             values, state = new_values_in_rows(one, rows[i])
             loops.append(state)
+        elif one.encoding is not None:
+            values = new_values_encoded(one, one.encoding)
         else:
             values = new_values_in_place(one)
         new.append(values)
@@ -231,6 +240,24 @@ def new_values_in_place(one: Pass) -> list[Tensor]:
         new.append(tf.cast(computed, value.dtype))
         gradient = after(new[i], gradient)
     return new
+
+
+def new_values_encoded(one: Pass, encoding: Encoding) -> list[Tensor]:
+    """The new weights, and the codes and scales of the new momentum.
+
+    The momentum is computed three times, from codes that are in memory until
+    the new ones are: for the weights, for the scales and for the codes. XLA
+    would else write all of it to memory.
+    """
+    (*inputs, gradient), values = one.inputs, one.values
+    w, _ = one.function(*inputs, gradient, *values)
+    w = tf.cast(w, values[0].dtype)
+    gradient = after(w, gradient)
+    _, m = one.function(*inputs, gradient, *values)
+    largest = sums.largest_of(m, encoding.groups)
+    gradient = after(largest, gradient)
+    _, m = one.function(*inputs, gradient, *values)
+    return [w, *encoding.encode(m, largest)]
 
 
 def new_values_in_rows(one: Pass, rows: int) -> tuple[list[Tensor], Tensor]:

@@ -31,6 +31,7 @@ from typing import Any
 from keras import ops
 
 from keras_blockwise.algorithm.blocks import reshape
+from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.execution.xla_cpu.barriers import after
 from keras_blockwise.execution.xla_cpu.barriers import materialize
@@ -40,6 +41,9 @@ Tensor = Any
 
 # Most terms of a sum for which XLA emits vectorized code.
 MOST_TERMS = 32
+# Most numbers of which XLA computes the largest without a loop, in the pass
+# that makes them; fewer would take more memory for what is left to compare.
+MOST_COMPARED = 16
 # How many neighbouring sums that code computes at once.
 LANES = 8
 # Preferred distance between the terms of one sum, in numbers.
@@ -75,6 +79,17 @@ def block_sum(x: Tensor, p: Partition) -> Tensor:
         parts = partial_sums(x, axis)
         total = sum(ops.sum(part, axis=axes) for part in parts)
     return reshape(total, p.accumulator_shape)
+
+
+def largest_of(x: Tensor, groups: Groups) -> Tensor:
+    """As in `eight_bits`. Of few terms, XLA computes what it compares."""
+    x = groups.cut(ops.abs(x))
+    *before, n = x.shape[: groups.axis + 2]
+    after = x.shape[groups.axis + 2 :]
+    terms = max(k for k in range(1, MOST_COMPARED + 1) if n % k == 0)
+    x = reshape(x, (*before, terms, n // terms, *after))
+    x = materialize(ops.max(x, axis=groups.axis + 1))
+    return ops.max(x, axis=groups.axis + 1)
 
 
 def row_sums(x: Tensor) -> Tensor:
