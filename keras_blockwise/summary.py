@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import keras
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from keras_blockwise.blocking.axes import Weight
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.optimizer import BlockwiseOptimizer
 from keras_blockwise.state.slots import ITEM_SIZES
+from keras_blockwise.tables import lines_of
+from keras_blockwise.tables import table_of
+from keras_blockwise.tables import to_text
 
 # As many lines as a person reads; more variables are folded by layer.
 MAX_LINES = 40
-WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -79,19 +78,12 @@ class Summary:
     def __str__(self) -> str:
         """A table of at most 100 columns; long models are folded by layer."""
         sources = sorted({row.source for row in self.rows})
-        table = Table(
-            title=f"{self.optimizer}, blocks by {' and '.join(sources)}",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
-        table.add_column("variable", overflow="fold")
-        for name in ("shape", "block", "blocks", "state"):
-            table.add_column(name, justify="right", no_wrap=True)
+        title = f"{self.optimizer}, blocks by {' and '.join(sources)}"
+        columns = ["shape", "block", "blocks", "state"]
         multiplied = any(row.multiplier is not None for row in self.rows)
         if multiplied:
-            table.add_column("rate", justify="right", no_wrap=True)
+            columns.append("rate")
+        table = table_of(title, "variable", columns)
         if len(sources) > 1:
             table.add_column("blocks by", overflow="fold")
         for top, lines in fold(self.rows):
@@ -111,18 +103,13 @@ class Summary:
                     cells.append(the_only(rates))
                 cells.append(the_only({row.source for row in rows}))
                 table.add_row(*cells[: len(table.columns)])
-        # The same text everywhere: no colours, no cell of a notebook.
-        console = Console(width=WIDTH, color_system=None, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(table)
-        printed = [line.rstrip() for line in capture.get().splitlines()]
         total = (
             f"{len(self.rows)} variables in {self.num_blocks:,} blocks; state "
             f"{to_text(self.state_bytes)}, "
             f"{self.state_bytes / max(self.adam_bytes, 1):.1%} of the "
             f"{to_text(self.adam_bytes)} of Adam"
         )
-        return "\n".join([*filter(None, printed), total])
+        return "\n".join([*lines_of(table), total])
 
 
 def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
@@ -250,12 +237,3 @@ def times(count: int) -> str:
 
 def the_only(values: set[str]) -> str:
     return next(iter(values)) if len(values) == 1 else "various"
-
-
-def to_text(num_bytes: float) -> str:
-    """Bytes in a unit that people read."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.3g} GiB"
