@@ -17,6 +17,7 @@ from keras_blockwise.optimizers import BlockAdam
 from keras_blockwise.optimizers import BlockMuon
 from keras_blockwise.optimizers import BlockNadam
 from keras_blockwise.optimizers import BlockRMSprop
+from keras_blockwise.plan import plan
 from keras_blockwise.plots import plot_blocks
 from keras_blockwise.state.convert import convert_state
 from keras_blockwise.state.saving import all_or_nothing
@@ -43,6 +44,7 @@ __all__ = [
     "all_or_nothing",
     "convert_state",
     "layerwise_decay",
+    "plan",
     "plot_blocks",
     "register_layer_axes",
     "summary",

@@ -5,20 +5,20 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import keras
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from keras_blockwise.blocking.axes import Weight
 from keras_blockwise.blocking.partition import Shape
 from keras_blockwise.optimizer import BlockwiseOptimizer
 from keras_blockwise.state.slots import ITEM_SIZES
+from keras_blockwise.tables import lines_of
+from keras_blockwise.tables import table_of
+from keras_blockwise.tables import to_text
 
 # As many lines as a person reads; more variables are folded by layer.
 MAX_LINES = 40
-WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,15 @@ class Summary:
     def __str__(self) -> str:
         """A table of at most 100 columns; long models are folded by layer."""
         sources = sorted({row.source for row in self.rows})
-        table = Table(
-            title=f"{self.optimizer}, blocks by {' and '.join(sources)}",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            pad_edge=False,
-        )
-        table.add_column("variable", overflow="fold")
-        for name in ("shape", "block", "blocks", "state"):
-            table.add_column(name, justify="right", no_wrap=True)
+        title = f"{self.optimizer}, blocks by {' and '.join(sources)}"
+        columns = ["shape", "block", "blocks", "state"]
         multiplied = any(row.multiplier is not None for row in self.rows)
         if multiplied:
-            table.add_column("rate", justify="right", no_wrap=True)
+            columns.append("rate")
         dtypes = {row.momentum_dtype for row in self.rows}
         if dtypes - {None, "float32"}:
-            table.add_column("momentum", justify="right", no_wrap=True)
+            columns.append("momentum")
+        table = table_of(title, "variable", columns)
         if len(sources) > 1:
             table.add_column("blocks by", overflow="fold")
         for top, lines in fold(self.rows):
@@ -120,18 +113,13 @@ class Summary:
                     )
                 cells.append(the_only({row.source for row in rows}))
                 table.add_row(*cells[: len(table.columns)])
-        # The same text everywhere: no colours, no cell of a notebook.
-        console = Console(width=WIDTH, color_system=None, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(table)
-        printed = [line.rstrip() for line in capture.get().splitlines()]
         total = (
             f"{len(self.rows)} variables in {self.num_blocks:,} blocks; state "
             f"{to_text(self.state_bytes)}, "
             f"{self.state_bytes / max(self.adam_bytes, 1):.1%} of the "
             f"{to_text(self.adam_bytes)} of Adam"
         )
-        return "\n".join([*filter(None, printed), total])
+        return "\n".join([*lines_of(table), total])
 
 
 def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
@@ -155,22 +143,7 @@ def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
     print(kb.summary(model))
     ```
     """
-    variables = None
-    if isinstance(optimizer, keras.Model):
-        model, optimizer = optimizer, getattr(optimizer, "optimizer", None)
-        if not model.built:
-            raise ValueError(
-                "`optimizer` must be a built optimizer or a built model. "
-                f"Received: the model {model.name!r}, which has no variables "
-                "yet. Call it once, or `model.build(input_shape)`."
-            )
-        variables = model.trainable_variables
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    if not isinstance(optimizer, BlockwiseOptimizer):
-        raise TypeError(
-            "`optimizer` must be an optimizer of keras_blockwise, or a model "
-            f"that is compiled with one. Received: {optimizer!r}."
-        )
+    optimizer, variables = with_variables(optimizer)
     variables, rows, slots = optimizer.planned(variables)
     multipliers = optimizer.planned_multipliers(variables, rows)
     state_bytes = [0] * len(rows)
@@ -208,6 +181,29 @@ def summary(optimizer: BlockwiseOptimizer | keras.Model) -> Summary:
         if group is not None:
             counted.add(group)
     return Summary(type(optimizer).__name__, tuple(lines))
+
+
+def with_variables(
+    optimizer: Any,
+) -> tuple[BlockwiseOptimizer, Sequence[Any] | None]:
+    """An optimizer of this package, and the variables of its model, if any."""
+    variables = None
+    if isinstance(optimizer, keras.Model):
+        model, optimizer = optimizer, getattr(optimizer, "optimizer", None)
+        if not model.built:
+            raise ValueError(
+                "`optimizer` must be a built optimizer or a built model. "
+                f"Received: the model {model.name!r}, which has no variables "
+                "yet. Call it once, or `model.build(input_shape)`."
+            )
+        variables = model.trainable_variables
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        raise TypeError(
+            "`optimizer` must be an optimizer of keras_blockwise, or a model "
+            f"that is compiled with one. Received: {optimizer!r}."
+        )
+    return optimizer, variables
 
 
 Line = tuple[str, list[SummaryRow]]
@@ -263,12 +259,3 @@ def times(count: int) -> str:
 
 def the_only(values: set[str]) -> str:
     return next(iter(values)) if len(values) == 1 else "various"
-
-
-def to_text(num_bytes: float) -> str:
-    """Bytes in a unit that people read."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.3g} GiB"

@@ -156,9 +156,11 @@ IMPORTS = {
     "optimizers": {"algorithm", "blocking", "optimizer", "validation"},
     "plots": {"optimizer"},
     "callbacks": {"execution", "optimizer", "plots", "validation"},
-    "summary": {"blocking", "optimizer", "state"},
+    "tables": set(),
+    "summary": {"blocking", "optimizer", "state", "tables"},
+    "plan": {"blocking", "optimizer", "optimizers", "tables", "validation"},
     "__init__": {
-        *("blocking", "callbacks", "multipliers", "optimizers"),
+        *("blocking", "callbacks", "multipliers", "optimizers", "plan"),
         *("plots", "state", "summary"),
     },
 }
