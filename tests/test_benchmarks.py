@@ -226,6 +226,18 @@ def test_tensors_of_several_states_are_counted_once():
     assert memory.torch_state_bytes(SimpleNamespace(state=state)) == 31
 
 
+def test_growth_is_that_of_every_step():
+    kept = []
+
+    def step():
+        np.ones(16 << 20, np.uint8)
+        if not kept:
+            kept.append(np.ones(64 << 20, np.uint8))
+
+    grown = memory.growth(step)
+    assert grown is None or 12 << 20 < grown < 48 << 20
+
+
 def test_options():
     parse = report.some_of(("a", "b"))
     assert parse("b,a") == ["b", "a"]
