@@ -8,9 +8,12 @@ from typing import NamedTuple
 from benchmarks.contestants import ADAM
 from benchmarks.contestants import ADAM_MINI
 from benchmarks.contestants import ADAMW
+from benchmarks.contestants import FLOAT32
 from benchmarks.contestants import FLOOR
+from benchmarks.contestants import INT8
 from benchmarks.contestants import MUON
 from benchmarks.contestants import Contestant
+from benchmarks.contestants import momentum
 
 
 @dataclass(frozen=True)
@@ -79,21 +82,32 @@ def step_goals(model: str) -> list[tuple[Goal, str, str]]:
 def judge_steps(
     model: str, seconds: Mapping[Contestant, float]
 ) -> list[Verdict]:
-    """The goals whose reference took part."""
+    """The goals whose reference took part, of float32 but for the last."""
     verdicts = []
+    wide = [c for c in seconds if c.is_ours and momentum(c.name) == FLOAT32]
     for goal, mode, reference in step_goals(model):
         divisor = seconds.get(Contestant(reference, mode))
-        ours = [c for c in seconds if c.is_ours and c.mode == mode]
+        ours = [c for c in wide if c.mode == mode]
         if divisor and ours:
             ratios = {c.name: seconds[c] / divisor for c in ours}
             verdicts.append(judge(goal, ratios))
+    ratios = {}
+    for contestant in wide:
+        int8 = contestant._replace(name=f"{contestant.name} {INT8}")
+        if int8.mode == "compiled" and int8 in seconds:
+            ratios[int8.name] = seconds[int8] / seconds[contestant]
+    if ratios:
+        verdicts.append(judge(STEP_INT8, ratios))
     return verdicts
 
 
+STEP_INT8 = Goal("compiled, int8 / float32 momentum", 1.3, 1.0)
 FIT = Goal("model.fit / Keras Adam", 1.0, 0.9)
 STATE = Goal("state / Adam's bytes", 0.505)
 STATE_BFLOAT16 = Goal("state in bfloat16 / Adam's", 0.26)
+STATE_INT8 = Goal("state in int8 / Adam's", 0.135)
 PEAK = Goal("peak of a step / parameters", 0.25, 0.05)
+PEAK_INT8 = Goal("peak of a step in int8 / parameters", 0.1)
 FIRST_CALL = Goal("first call / Keras Adam's", 2.0, 1.2)
 LINEAR = Goal("first call, growth / linear growth", 1.0)
 FIRST_STEP = Goal("first eager step / Keras Adam's", 2.0)

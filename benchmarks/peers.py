@@ -4,7 +4,6 @@ import importlib.util
 import os
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,10 +14,13 @@ import numpy as np
 import tensorflow as tf
 
 import keras_blockwise as kb
+from benchmarks import contestants
 from benchmarks.contestants import ADAM
+from benchmarks.contestants import ADAM_8BIT
 from benchmarks.contestants import ADAM_MINI
 from benchmarks.contestants import ADAMW
 from benchmarks.contestants import COPY
+from benchmarks.contestants import FLOAT32
 from benchmarks.contestants import FLOOR
 from benchmarks.contestants import MUON
 from benchmarks.contestants import MUON_OF_OURS
@@ -32,7 +34,12 @@ tf.get_logger().setLevel("ERROR")
 Step = Callable[[], object]
 
 # The module that a peer needs, beside Keras itself.
-PEERS = {"optax": "optax", "torch": "torch", "adam_mini": "adam_mini"}
+PEERS = {
+    "optax": "optax",
+    "torch": "torch",
+    "adam_mini": "adam_mini",
+    "bitsandbytes": "bitsandbytes",
+}
 MODES = ("compiled", "graph", "eager")
 SCHEMES = ("variable", "output_unit", "layer")
 
@@ -41,6 +48,10 @@ def bytes_per_parameter(name: str) -> int:
     """The least a step can read and write: w, m and g, or w, m, v and g."""
     if name == COPY:
         return 8
+    if name == ADAM_8BIT:
+        return 16
+    if name.startswith(contestants.OURS):
+        return 12 + 2 * tf.as_dtype(contestants.momentum(name)).size
     return 28 if name in (ADAM, ADAMW, OPTAX) else 20
 
 
@@ -57,14 +68,25 @@ def without_missing(peers: Iterable[str]) -> tuple[list[str], list[str]]:
     return installed, sentences
 
 
-def our_optimizers(schemes: Iterable[str]) -> Iterator[tuple[str, Any]]:
+def make_ours(name: str, **arguments: Any) -> Any:
+    """One of `contestants.our_names`."""
+    cls, scheme, *_ = name.split()
+    return getattr(kb, cls)(
+        1e-3,
+        blocking=scheme,
+        momentum_dtype=contestants.momentum(name),
+        **arguments,
+    )
+
+
+def our_optimizers(
+    schemes: Iterable[str], momenta: Iterable[str] = (FLOAT32,)
+) -> dict[str, Any]:
     """Compiled from the first step on, as after many of them by default."""
-    for cls in (kb.BlockAdam, kb.BAGM):
-        for scheme in schemes:
-            yield (
-                f"{cls.__name__} {scheme}",
-                cls(1e-3, blocking=scheme, jit_compile=True),
-            )
+    return {
+        name: make_ours(name, jit_compile=True)
+        for name in contestants.our_names(schemes, momenta)
+    }
 
 
 def keras_step(
@@ -87,11 +109,12 @@ def keras_steps(
     gradients: Sequence[Any],
     schemes: Iterable[str],
     modes: Iterable[str],
+    momenta: Iterable[str] = (FLOAT32,),
 ) -> dict[Contestant, Step]:
     """Our optimizers and Keras's Adam, all on the same variables."""
     tensors = [tf.constant(gradient) for gradient in gradients]
     optimizers = {ADAM: keras.optimizers.Adam(1e-3)}
-    optimizers.update(our_optimizers(schemes))
+    optimizers.update(our_optimizers(schemes, momenta))
     return {
         Contestant(name, mode): keras_step(optimizer, variables, tensors, mode)
         for name, optimizer in optimizers.items()
@@ -145,12 +168,12 @@ def optax_steps(
     return {Contestant(OPTAX, "compiled"): step}
 
 
-def torch_steps(
+def torch_optimizers(
     specs: Specs,
     arrays: Sequence[Any],
     gradients: Sequence[Any],
     peers: Iterable[str],
-) -> dict[Contestant, Step]:
+) -> dict[str, Any]:
     """PyTorch's optimizers, on variables that they share."""
     import torch
 
@@ -177,10 +200,11 @@ def torch_steps(
         optimizers[ADAM_MINI] = Adam_mini(
             named, lr=1e-3, dim=768, n_heads=12, verbose=False
         )
-    return {
-        Contestant(name, "compiled"): optimizer.step
-        for name, optimizer in optimizers.items()
-    }
+    if "bitsandbytes" in peers:
+        from bitsandbytes.optim import Adam8bit
+
+        optimizers[ADAM_8BIT] = Adam8bit(weights, lr=1e-3)
+    return optimizers
 
 
 def copy_step(size: int) -> dict[Contestant, Step]:

@@ -25,6 +25,7 @@ PACKAGES = (
     "optax",
     "torch",
     "adam-mini",
+    "bitsandbytes",
     "mnist1d",
     "scikit-learn",
     "keras-blockwise",

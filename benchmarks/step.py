@@ -3,13 +3,16 @@
     python -m benchmarks.step --model gpt2
     python -m benchmarks.step --model resnet50 --peers keras,torch
     python -m benchmarks.step --model gpt2_2 --peers muon --schemes output_unit
+    python -m benchmarks.step --model gpt2 --schemes output_unit \
+        --momentum float32,int8
 
 Applies the same random gradients to variables with the shapes of a model.
 All contestants take part in every round. What a step has to read and write at
 least is compared with the bandwidth of a plain copy, measured in the same
-rounds. Peers that are not installed are left out. With the peer "muon", Keras's
-Muon and `BlockMuon` are alone: their steps take seconds, so `gpt2_2` has two
-blocks of GPT-2 only.
+rounds. Peers that are not installed are left out. The 8-bit Adam of
+bitsandbytes takes part if it is asked for: its steps on a CPU are long. With
+the peer "muon", Keras's Muon and `BlockMuon` are alone: their steps take
+seconds, so `gpt2_2` has two blocks of GPT-2 only.
 """
 
 from benchmarks import contestants
@@ -22,7 +25,11 @@ from benchmarks.goals import judge_steps
 
 
 def make_steps(
-    model: str, names: list[str], schemes: list[str], modes: list[str]
+    model: str,
+    names: list[str],
+    schemes: list[str],
+    modes: list[str],
+    momenta: list[str],
 ) -> dict[Contestant, peers.Step]:
     specs = models.MODELS[model]()
     arrays = models.random_arrays(specs, 0.02, seed=0)
@@ -31,14 +38,18 @@ def make_steps(
     if "muon" in names:
         steps = peers.muon_steps(variables, gradients, schemes)
         return {**steps, **peers.copy_step(models.size(specs))}
-    steps = peers.keras_steps(variables, gradients, schemes, modes)
+    steps = peers.keras_steps(variables, gradients, schemes, modes, momenta)
     if "keras" not in names:
         steps = {c: step for c, step in steps.items() if c.is_ours}
     if "compiled" in modes:
         if "optax" in names:
             steps.update(peers.optax_steps(arrays, gradients))
-        if {"torch", "adam_mini"} & set(names):
-            steps.update(peers.torch_steps(specs, arrays, gradients, names))
+        if {"torch", "adam_mini", "bitsandbytes"} & set(names):
+            torch = peers.torch_optimizers(specs, arrays, gradients, names)
+            steps.update(
+                (Contestant(name, "compiled"), optimizer.step)
+                for name, optimizer in torch.items()
+            )
     steps.update(peers.copy_step(models.size(specs)))
     return steps
 
@@ -51,16 +62,21 @@ def main() -> None:
         default="resnet50",
         help="default: %(default)s",
     )
-    names = ("keras", *peers.PEERS)
-    report.add_list(parser, "--peers", (*names, "muon"), names)
+    names = ("keras", "optax", "torch", "adam_mini")
+    every = (*names, "bitsandbytes", "muon")
+    report.add_list(parser, "--peers", every, names)
     schemes = (*peers.SCHEMES, "coordinate")
     report.add_list(parser, "--schemes", schemes, peers.SCHEMES)
     report.add_list(parser, "--modes", peers.MODES)
+    momenta = contestants.MOMENTA
+    report.add_list(parser, "--momentum", momenta, momenta[:1])
     args = parser.parse_args()
     names, sentences = peers.without_missing(args.peers)
     for sentence in sentences:
         report.console.print(sentence)
-    steps = make_steps(args.model, names, args.schemes, args.modes)
+    steps = make_steps(
+        args.model, names, args.schemes, args.modes, args.momentum
+    )
     with timing.progress_bar() as progress:
         times = timing.interleave_steps(
             steps, args.rounds, progress, args.model

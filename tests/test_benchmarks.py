@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 import warnings
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -127,6 +128,50 @@ def test_goals_divide_within_a_mode():
     ]
 
 
+def test_int8_is_judged_by_float32_alone():
+    modes = ("compiled", "graph")
+    seconds = {
+        Contestant(contestants.ADAM, "compiled"): 2.0,
+        **{Contestant("BAGM layer", mode): 1.0 for mode in modes},
+        **{Contestant("BAGM layer int8", mode): 2.5 for mode in modes},
+        Contestant("BAGM layer bfloat16", "compiled"): 3.0,
+        Contestant("BlockAdam layer int8", "compiled"): 4.0,
+    }
+    verdicts = goals.judge_steps("gpt2", seconds)
+    assert [(v.goal.must, v.worst, v.worst_name) for v in verdicts] == [
+        (0.78, 0.5, "BAGM layer"),
+        (1.3, 2.5, "BAGM layer int8"),
+    ]
+
+
+def test_ours_are_named_by_momentum():
+    names = contestants.our_names(["layer"], contestants.MOMENTA)
+    narrow = ("", " bfloat16", " int8")
+    ours = contestants.OURS
+    assert names == [f"{cls} layer{x}" for cls in ours for x in narrow]
+    assert list(map(peers.bytes_per_parameter, names)) == 2 * [20, 16, 14]
+    optimizer = peers.make_ours("BAGM layer bfloat16", jit_compile=True)
+    assert type(optimizer) is kb.BAGM
+    assert optimizer.momentum_dtype == "bfloat16"
+
+
+def test_memory_is_judged_by_momentum():
+    states = {"BAGM layer": 0.5, "BAGM layer bfloat16": 0.3}
+    states["BAGM layer int8"] = 0.2
+    steps = {
+        "by XLA": {name: x / 2 for name, x in states.items()},
+        "resident": {"BAGM layer int8": 0.3},
+    }
+    verdicts = memory.judge(list(states), states, steps)
+    assert {v.goal: (v.best, v.worst, v.worst_name) for v in verdicts} == {
+        goals.STATE: (0.5, 0.5, "BAGM layer"),
+        goals.STATE_BFLOAT16: (0.3, 0.3, "BAGM layer bfloat16"),
+        goals.STATE_INT8: (0.2, 0.2, "BAGM layer int8"),
+        goals.PEAK: (0.15, 0.25, "BAGM layer, by XLA"),
+        goals.PEAK_INT8: (0.1, 0.3, "BAGM layer int8, resident"),
+    }
+
+
 def test_first_steps_are_judged():
     """Seconds and bytes by those of Adam, programs by their number."""
     cases = first_steps.cases_of(["tiny", "MobileNetV2"])
@@ -168,6 +213,29 @@ allocation 1: size 80, output shape is |(s64[], f32[1,1024])|, maybe-live-out:
 allocation 2: size 4096, preallocated-temp:
 """
     assert memory.buffer_bytes(assignment) == 4176
+
+
+def test_tensors_of_several_states_are_counted_once():
+    """As the tables of bitsandbytes; what is no tensor does not count."""
+
+    def tensor(pointer, size):
+        return SimpleNamespace(data_ptr=lambda: pointer, nbytes=size)
+
+    state = {i: {"m": tensor(i, 10), "map": tensor(9, 1)} for i in range(3)}
+    state[0]["step"] = 5
+    assert memory.torch_state_bytes(SimpleNamespace(state=state)) == 31
+
+
+def test_growth_is_that_of_every_step():
+    kept = []
+
+    def step():
+        np.ones(16 << 20, np.uint8)
+        if not kept:
+            kept.append(np.ones(64 << 20, np.uint8))
+
+    grown = memory.growth(step)
+    assert grown is None or 12 << 20 < grown < 48 << 20
 
 
 def test_options():
