@@ -207,10 +207,9 @@ class BlockwiseOptimizer(Execution):
                 if given is not None:
                     self._given = given
                     self._multipliers = add_multipliers(self, given.values())
-            rule = replace(
-                self.rule(), stochastic_rounding=self.stochastic_rounding
+            self._storage = Storage(
+                whole_rule(self), variables, rows, slots, self.add_slot
             )
-            self._storage = Storage(rule, variables, rows, slots, self.add_slot)
         if self.built:
             self._fixed = fixed_arguments(type(self))
 
@@ -236,17 +235,12 @@ class BlockwiseOptimizer(Execution):
             None if self.has_no_update(v) else next(resolved) for v in variables
         ]
         rows = rows_for(rule, variables, rows)
-        # The state of a matrix is kept by itself.
-        alone = [
-            i if row and rule.matrices_of(row.partition, row.matrices) else None
-            for i, row in enumerate(rows)
-        ]
         slots = plan_slots(
             rule,
             [keras.backend.standardize_dtype(v.dtype) for v in variables],
             [row and row.partition for row in rows],
             self.momentum_dtype,
-            list(zip(map(self.place_of, variables), alone)),
+            list(zip(map(self.place_of, variables), alone(rule, rows))),
         )
         return rows, slots
 
@@ -361,6 +355,21 @@ def check_methods(cls: Any) -> None:
             "`hvd.DistributedGradientTape` or "
             "`tf.distribute.MultiWorkerMirroredStrategy`."
         )
+
+
+def whole_rule(optimizer: BlockwiseOptimizer) -> Rule:
+    """The rule of an optimizer, with what all of them have."""
+    return replace(
+        optimizer.rule(), stochastic_rounding=optimizer.stochastic_rounding
+    )
+
+
+def alone(rule: Rule, rows: Sequence[Row | None]) -> list[int | None]:
+    """The position of what has matrices: its state is kept by itself."""
+    return [
+        i if row and rule.matrices_of(row.partition, row.matrices) else None
+        for i, row in enumerate(rows)
+    ]
 
 
 def check_has_momentum(rule: Rule, momentum_dtype: str | None) -> None:

@@ -15,6 +15,7 @@ from helpers.models import product_data
 from helpers.models import state_of
 from keras_blockwise import plots
 from keras_blockwise.callbacks import monitor as monitors
+from keras_blockwise.state.storage import values_by_weight
 
 L = keras.layers
 # What XLA has to compile takes TensorFlow longer than it runs.
@@ -54,7 +55,7 @@ class Notes(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         model = self.model
         self.weights.append(to_numpy(model.trainable_variables))
-        values = model.optimizer.block_state.values_by_weight()
+        values = values_by_weight(model.optimizer.block_state)
         self.velocities.append(
             {i: v + 0 for i, v in values["velocity"].items()}
         )

@@ -61,6 +61,7 @@ def test_rows():
             "state_bytes": 4 * 12 + 4,
             "adam_bytes": 8 * 12,
             "multiplier": None,
+            "momentum_dtype": "float32",
         },
         {
             "path": "mlp/hidden/bias",
@@ -73,6 +74,7 @@ def test_rows():
             "state_bytes": 4 * 3,
             "adam_bytes": 8 * 3,
             "multiplier": None,
+            "momentum_dtype": "float32",
         },
         {
             "path": "mlp/out/kernel",
@@ -85,6 +87,7 @@ def test_rows():
             "state_bytes": 4 * 6 + 4 * 2,
             "adam_bytes": 8 * 6,
             "multiplier": None,
+            "momentum_dtype": "float32",
         },
         {
             "path": "mlp/out/bias",
@@ -97,6 +100,7 @@ def test_rows():
             "state_bytes": 4 * 2 + 4,
             "adam_bytes": 8 * 2,
             "multiplier": None,
+            "momentum_dtype": "float32",
         },
     ]
     assert report.optimizer == "BlockAdam"

@@ -10,6 +10,8 @@ import numpy as np
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.state.slots import accumulator_keys
 from keras_blockwise.state.storage import Storage
+from keras_blockwise.state.storage import assign_by_weight
+from keras_blockwise.state.storage import values_by_weight
 
 Variable = Any
 Array = Any
@@ -94,7 +96,7 @@ def convert_state(
         new = to_blocks(old, old_partitions, state.partitions)
         values[name] = {**values[name], **new}
     assignments = counters(source, target)
-    state.assign_by_weight(values)
+    assign_by_weight(state, values)
     for variable, value in assignments:
         variable.assign(value)
 
@@ -110,7 +112,7 @@ def values_of(
             with_shapes(old.paths, old.variables),
         )
         check_matrices(state, old)
-        values = old.values_by_weight()
+        values = values_by_weight(old)
         old_partitions = old.partitions
     else:
         values = values_of_adam(source, state)
@@ -118,7 +120,7 @@ def values_of(
             p and Partition(p.shape, (1,) * len(p.shape))
             for p in state.partitions
         )
-    names = state.values_by_weight().keys()
+    names = values_by_weight(state).keys()
     if values.keys() != names:
         raise ValueError(
             "`source` and `target` must have the same kinds of state. "

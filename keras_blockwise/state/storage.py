@@ -263,49 +263,6 @@ class Storage:
             numbers = [np.ravel(by_slot[slot]) for slot in members]
             variable.assign(np.concatenate(numbers).reshape(variable.shape))
 
-    def values_by_weight(self) -> dict[str, dict[int, Array]]:
-        """Values by name of the slot and position of the weight they are for.
-
-        What a group shares stands there for each of its members.
-        """
-        values = dict(zip(self.slots, self.values()))
-        for i, is_encoded in enumerate(self.in_8_bits):
-            if is_encoded:
-                codes, scale = (self._slots[name, i] for name in ENCODED)
-                values[codes] = ops.convert_to_numpy(
-                    decode(
-                        values[codes],
-                        values[scale],
-                        Groups.of(self._partitions[i]),
-                    )
-                )
-        names = ["momentum"] * self.rule.momentum.has_state
-        return {
-            name: {
-                i: values[self._slots[name, key]]
-                for i, key in enumerate(self._keys_of(name))
-                if (name, key) in self._slots
-            }
-            for name in [*names, *self.rule.second_moment.statistics]
-        }
-
-    def assign_by_weight(self, values: dict[str, dict[int, Array]]) -> None:
-        """Sets every slot to what `values_by_weight` would return."""
-        new = {
-            slot: values[slot.name][slot.index]
-            for slot in self.slots
-            if slot.name in values
-        }
-        for i, is_encoded in enumerate(self.in_8_bits):
-            if is_encoded:
-                codes, scale = (self._slots[name, i] for name in ENCODED)
-                groups = Groups.of(self._partitions[i])
-                m = ops.convert_to_tensor(new[codes], "float32")
-                to_nearest = Encoding(groups, lambda: NEAREST)
-                encoded = to_nearest.encode(m, largest_of(m, groups))
-                new[codes], new[scale] = map(ops.convert_to_numpy, encoded)
-        self.assign([new[slot] for slot in self.slots])
-
     def accumulator_keys_of(self, indices: Sequence[int]) -> list[Key]:
         """What the accumulators of some variables are known by."""
         return [self._keys[i] for i in indices]
@@ -324,7 +281,7 @@ class Storage:
         together: list[tuple[Sequence[int], tuple[Part | EncodedPart, ...]]]
         if self.rule.momentum.has_state:
             together = [
-                (own, (self._encoded(own) or part,))
+                (own, (encoded_part(self, own[0]) or part,))
                 for own, part in self._together("momentum", others)
             ]
         else:
@@ -421,7 +378,7 @@ class Storage:
                 tuple(positions[i] for i in own),
                 tuple(weight_decay(i) for i in own),
                 tuple(self.variables[i] for i in own),
-                tuple(self._momentum_of(i) for i in own),
+                tuple(momentum_of(self, i) for i in own),
                 tuple(
                     parts(i, [s for s in statistics if (s, i) in self._slots])
                     for i in own
@@ -430,26 +387,6 @@ class Storage:
             )
             for (dtype, partition, matrices), own in alike.items()
         ]
-
-    def _momentum_of(self, index: int) -> tuple[Part | EncodedPart, ...]:
-        """The momentum of one variable, kept by itself, if it has one."""
-        if not self.rule.momentum.has_state:
-            return ()
-        ((_, part),) = self._together("momentum", [index])
-        return (self._encoded([index]) or part,)
-
-    def _encoded(self, indices: Sequence[int]) -> EncodedPart | None:
-        """The momentum of one variable, if it is kept in 8 bits."""
-        i = indices[0]
-        if (SCALE, i) not in self._slots:
-            return None
-        codes, scales = (
-            self._together(name, [i])[0][1].variable for name in ENCODED
-        )
-        # By its path: whichever variables stand beside it, and in which order.
-        number = zlib.crc32(self.paths[i].encode()) >> 2
-        groups = Groups.of(self._partitions[i])
-        return EncodedPart(codes, scales, groups, number)
 
     def _keys_of(self, name: str) -> Sequence[Any]:
         return range(len(self.rows)) if name in ENCODED else self._keys
@@ -475,3 +412,72 @@ class Storage:
                 )
             together.append((own, Part(self.slot_variables[pack], index)))
         return together
+
+
+def values_by_weight(state: Storage) -> dict[str, dict[int, Array]]:
+    """Values by name of the slot and position of the weight they are for.
+
+    What a group shares stands there for each of its members, and what is kept
+    in 8 bits as numbers.
+    """
+    values = dict(zip(state.slots, state.values()))
+    for codes, scale, groups in encoded_slots(state):
+        decoded = decode(values[codes], values[scale], groups)
+        values[codes] = ops.convert_to_numpy(decoded)
+    names = ["momentum"] * state.rule.momentum.has_state
+    return {
+        name: {
+            i: values[state._slots[name, key]]
+            for i, key in enumerate(state._keys_of(name))
+            if (name, key) in state._slots
+        }
+        for name in [*names, *state.rule.second_moment.statistics]
+    }
+
+
+def assign_by_weight(
+    state: Storage, values: dict[str, dict[int, Array]]
+) -> None:
+    """Sets every slot to what `values_by_weight` would return."""
+    new = {
+        slot: values[slot.name][slot.index]
+        for slot in state.slots
+        if slot.name in values
+    }
+    for codes, scale, groups in encoded_slots(state):
+        m = ops.convert_to_tensor(new[codes], "float32")
+        to_nearest = Encoding(groups, lambda: NEAREST)
+        encoded = to_nearest.encode(m, largest_of(m, groups))
+        new[codes], new[scale] = map(ops.convert_to_numpy, encoded)
+    state.assign([new[slot] for slot in state.slots])
+
+
+def encoded_slots(state: Storage) -> Iterator[tuple[Slot, Slot, Groups]]:
+    """Codes, scales and groups of each momentum that is kept in 8 bits."""
+    for i, is_encoded in enumerate(state.in_8_bits):
+        if is_encoded:
+            codes, scale = (state._slots[name, i] for name in ENCODED)
+            yield codes, scale, Groups.of(state._partitions[i])
+
+
+def encoded_part(state: Storage, index: int) -> EncodedPart | None:
+    """The momentum of one variable, if it is kept in 8 bits."""
+    if (SCALE, index) not in state._slots:
+        return None
+    codes, scales = (
+        state._together(name, [index])[0][1].variable for name in ENCODED
+    )
+    # By its path: whichever variables stand beside it, and in which order.
+    number = zlib.crc32(state.paths[index].encode()) >> 2
+    groups = Groups.of(state._partitions[index])
+    return EncodedPart(codes, scales, groups, number)
+
+
+def momentum_of(
+    state: Storage, index: int
+) -> tuple[()] | tuple[Part | EncodedPart]:
+    """The momentum of one variable, kept by itself, if it has one."""
+    if not state.rule.momentum.has_state:
+        return ()
+    ((_, part),) = state._together("momentum", [index])
+    return (encoded_part(state, index) or part,)

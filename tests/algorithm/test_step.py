@@ -22,6 +22,7 @@ from helpers.training import graph
 from helpers.training import train
 from keras_blockwise.algorithm.eight_bits import saves_memory
 from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.state.storage import values_by_weight
 
 STEPS = 20
 
@@ -375,7 +376,7 @@ def storing(dtype, momentum_dtype, tiles):
 def decoded(optimizer):
     """The slots, with a momentum in 8 bits as numbers."""
     state = optimizer.block_state
-    momentum = state.values_by_weight()["momentum"]
+    momentum = values_by_weight(state)["momentum"]
     slots = zip(state.slots, slots_of(optimizer).items(), strict=True)
     return {
         name: momentum[slot.index] if slot.name == "momentum" else value

@@ -12,6 +12,7 @@ from helpers.cases import make_variables
 from helpers.cases import tensors
 from keras_blockwise.execution.plain import PlainKernels
 from keras_blockwise.optimizer import last_step_sizes
+from keras_blockwise.state.storage import values_by_weight
 
 STEPS = 8
 SINGLE = {"blocking": "coordinate", "jit_compile": False}
@@ -96,7 +97,7 @@ def test_adablock_written_out():
     )
     trained(optimizer, {"dense/kernel": (4, 3)}, 3)
     (sizes,), (at_floor,) = (found.values() for found in found_in(optimizer))
-    (velocity,) = optimizer.block_state.values_by_weight()["velocity"].values()
+    (velocity,) = values_by_weight(optimizer.block_state)["velocity"].values()
     v = np.diagonal(velocity.reshape(3, 4, 4), axis1=1, axis2=2)
     expected = np.sqrt(1 - 0.75**3) / (np.sqrt(v) + 1e-2)
     end = 1 - 0.5**3
@@ -120,7 +121,7 @@ def test_adam_written_out(dtype):
     trained(optimizer, {**shapes, "empty": (0, 3)}, 3, dtype)
     sizes, at_floor = found_in(optimizer)
     assert sizes.keys() == at_floor.keys() == set(range(20))
-    velocity = optimizer.block_state.values_by_weight()["velocity"]
+    velocity = values_by_weight(optimizer.block_state)["velocity"]
     for i, value in sizes.items():
         root = np.sqrt(velocity[i]) + 1e-2
         rate = 0.125 if i == 1 else 0.5
@@ -171,7 +172,7 @@ def test_a_hidden_matrix_has_the_mean_of_the_rate(blocking):
     if blocking == "none":
         assert sizes[0].shape == ()
         return
-    v = optimizer.block_state.values_by_weight()["velocity"][0]
+    v = values_by_weight(optimizer.block_state)["velocity"][0]
     inverse = 1 / (np.sqrt(v) + 1e-8)
     np.testing.assert_allclose(sizes[0], 0.5 * inverse / inverse.mean(), 1e-5)
 

@@ -18,6 +18,7 @@ from helpers.cases import tensors
 from helpers.models import block_adam
 from helpers.training import built
 from helpers.training import train
+from keras_blockwise.state.storage import values_by_weight
 
 # Whatever the axes of these weights are taken for is as good as any other.
 pytestmark = pytest.mark.filterwarnings("ignore:Names and shapes")
@@ -62,7 +63,7 @@ def slots(optimizer, name):
 
 def per_coordinate(optimizer, name):
     """A statistic in the shape of each weight, in float64."""
-    accumulators = optimizer.block_state.values_by_weight()[name]
+    accumulators = values_by_weight(optimizer.block_state)[name]
     return [
         np.kron(
             np.reshape(
