@@ -6,7 +6,6 @@ numbers. So small slots of one kind are kept together in one variable.
 
 import itertools
 import math
-import zlib
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -106,7 +105,7 @@ class EncodedPart(NamedTuple):
         codes: The codes, in the shape of the variable that they are for.
         scales: The scale of each group.
         groups: The groups.
-        number: What the variable is known by, where random numbers are drawn.
+        number: Which it is of those of an optimizer: 0, 1, ...
     """
 
     codes: Variable
@@ -467,8 +466,7 @@ def encoded_part(state: Storage, index: int) -> EncodedPart | None:
     codes, scales = (
         state._together(name, [index])[0][1].variable for name in ENCODED
     )
-    # By its path: whichever variables stand beside it, and in which order.
-    number = zlib.crc32(state.paths[index].encode()) >> 2
+    number = sum(state.in_8_bits[:index])
     groups = Groups.of(state._partitions[index])
     return EncodedPart(codes, scales, groups, number)
 

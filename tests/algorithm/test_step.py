@@ -361,14 +361,17 @@ def storing(dtype, momentum_dtype, tiles):
         rounded = rounding(momentum_dtype)
         return lambda m, k, t: rounded(m)
     rounded = rounding(dtype)
+    partitions = [
+        Partition(SHAPES[path], SHAPES[path] if isinstance(tile, str) else tile)
+        for path, tile in tiles.items()
+    ]
+    item_size = np.dtype(dtype).itemsize
+    saves = [saves_memory(partition, item_size) for partition in partitions]
 
     def store(m, k, t):
-        path, tile = list(tiles.items())[k]
-        tile = m.shape if isinstance(tile, str) else tile
-        partition = Partition(m.shape, tile)
-        if not saves_memory(partition, np.dtype(dtype).itemsize):
+        if not saves[k]:
             return rounded(m)
-        return eight_bits.stored(m, path, partition, t - 1)
+        return eight_bits.stored(m, sum(saves[:k]), partitions[k], t - 1)
 
     return store
 

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 import keras_blockwise as kb
 from helpers.cases import LAST_OF_CLASS
-from helpers.cases import marks_of
+from helpers.cases import is_quick
 from helpers.processes import run_python
 from helpers.programs import all_nodes
 from helpers.replicas import two_replicas
@@ -42,10 +42,11 @@ STRATEGIES = {
 
 
 def parameters():
-    """Compiled with each strategy, and as it is with replicas."""
-    for strategy, case in itertools.product(STRATEGIES, LAST_OF_CLASS):
+    """Of the classes by default; `test_four_replicas` has all of them."""
+    cases = [case for case in LAST_OF_CLASS if is_quick(case)]
+    for strategy, case in itertools.product(STRATEGIES, cases):
         name, replicas = f"{strategy}-{case.id}", strategy == "two replicas"
-        marks = marks_of(case) if replicas else pytest.mark.slow
+        marks = () if replicas else pytest.mark.slow
         yield pytest.param(strategy, case, True, id=name, marks=marks)
         if replicas:
             name += "-not compiled"

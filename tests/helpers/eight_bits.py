@@ -1,7 +1,5 @@
 """What a momentum in 8 bits is, and the random numbers, without the package."""
 
-import zlib
-
 import numpy as np
 
 from keras_blockwise.algorithm.eight_bits import Groups
@@ -27,13 +25,13 @@ def random_numbers(step, variable, shape, purpose=0):
     return (x >> np.uint32(16)).reshape(shape) / 2**16
 
 
-def stored(m, path, partition, step):
-    """A momentum after it has been encoded in a step, and decoded.
+def stored(m, number, partition, step):
+    """Momentum 0, 1, ... after it has been encoded in a step, and decoded.
 
     The groups of small variables: the entries of a block along an axis.
     """
     groups = Groups.of(partition)
-    u = random_numbers(step, zlib.crc32(path.encode()) >> 2, partition.shape)
+    u = random_numbers(step, number, partition.shape)
     x, u = (np.reshape(a, groups.view) for a in (m, u))
     largest = np.abs(x).max(groups.axis, keepdims=True)
     scale = np.maximum(largest, 2.0**-100) / 127

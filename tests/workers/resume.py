@@ -6,6 +6,7 @@ goes on with the settings of these numbers from what is in FOLDER, and writes
 there what has become of them.
 """
 
+import itertools
 import os
 import pickle
 import shutil
@@ -37,7 +38,10 @@ OPTIMIZERS = {
         kb.Adalayer,
         {"sgd_learning_rate": 0.1, "output_layer": ".*bias"},
     ),
-    "BlockNadam": (kb.BlockNadam, {"weight_decay": 0.01}),
+    "BlockNadam": (
+        kb.BlockNadam,
+        {"weight_decay": 0.01, "momentum_dtype": "int8"},
+    ),
     "BAGM": (kb.BAGM, {"accumulator": "polynomial", "blocking": "layer"}),
     "BlockMuon": (kb.BlockMuon, {"output_layer": ".*bias"}),
     "BAG": (kb.BAG, {"blocking": "model"}),
@@ -206,11 +210,13 @@ DEFAULT = [
     Setting("AdamMini", "model_checkpoint", "eager", "mixed_float16"),
     Setting("BAGM", "backup", "replicas", "ema"),
 ]
+WAYS = [("keras", "eager"), ("weights", "xla"), ("checkpoint", "replicas")]
 EVERY = {
     *(Setting("BlockAdam", format, "eager") for format in FORMATS),
-    *(Setting(o, "keras", "eager") for o in OPTIMIZERS),
-    *(Setting(o, "weights", "xla") for o in OPTIMIZERS),
-    *(Setting(o, "checkpoint", "replicas") for o in OPTIMIZERS),
+    *(
+        Setting(optimizer, *how)
+        for optimizer, how in zip(OPTIMIZERS, itertools.cycle(WAYS))
+    ),
     *(
         Setting("BlockAdam", format, "eager", option)
         for option in OPTIONS

@@ -9,7 +9,6 @@ import keras_blockwise as kb
 from helpers.arrays import assert_near
 from helpers.arrays import to_numpy
 from helpers.cases import LAST_OF_CLASS
-from helpers.cases import each_class
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
@@ -44,7 +43,12 @@ BY_VARIABLE = {range(3, 40), range(3)}
 BY_LAYER = {range(4, 40), range(4)}
 ALL = {range(40)}
 # Each compiles thrice: the class that needs the gradient once more is quick.
-one_quick = some_quick(LAST_OF_CLASS, lambda case: case.cls is kb.BAGM)
+DIFFERENT = [
+    case
+    for case in LAST_OF_CLASS
+    if case.cls in (kb.BAGM, kb.AdamMini, kb.BlockMuon)
+]
+one_quick = some_quick(DIFFERENT, lambda case: case.cls is kb.BAGM)
 
 
 def train_all(optimizer, wrap):
@@ -120,7 +124,7 @@ def test_vectors_are_joined():
 
 
 @pytest.mark.slow
-@each_class
+@one_quick
 def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
     """The three ways in turn: in a graph, the gradients are others."""
     shapes = dict(list(SHAPES.items())[:28])
