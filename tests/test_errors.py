@@ -29,6 +29,7 @@ ELSEWHERE = {
     "convert.py": "state/test_convert.py",
     "events.py": "test_monitor.py",
     "monitor.py": "test_monitor.py",
+    "plan.py": "test_plan.py",
     "multipliers.py": "test_multipliers.py",
     "plots.py": "test_monitor.py",
     "rates.py": "test_callbacks.py",
@@ -311,6 +312,11 @@ def meanings(**weights):
 
 
 OTHERS = {
+    "nothing to keep in 8 bits": (
+        lambda: kb.BlockRMSprop(momentum_dtype="int8").build(make_variables()),
+        ValueError,
+        '`momentum_dtype="int8"` must be given to an optimizer with a momentum',
+    ),
     "argument of Keras": (
         lambda: kb.BAG(clipnorm="1"),
         ValueError,

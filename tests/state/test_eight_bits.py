@@ -152,15 +152,6 @@ def test_a_state_of_another_dtype_is_converted(source, target):
         np.testing.assert_array_equal(*codes)
 
 
-def test_nothing_to_keep_in_8_bits():
-    for cls in (kb.BlockRMSprop, kb.BAGM):
-        optimizer = cls(momentum=0.0, momentum_dtype="int8")
-        if optimizer.rule().momentum.has_state:
-            continue
-        with pytest.raises(ValueError, match="`momentum_dtype=.int8.`.*Leave"):
-            optimizer.build(make_variables(SHAPES))
-
-
 def moved(dtype, **kwargs):
     """How far weights of ones are after 100 steps of a hundredth of a unit."""
     variable = keras.Variable(np.ones((16, 16)), dtype=dtype, name="kernel")

@@ -96,7 +96,8 @@ CHECKPOINTS = {
     "no average": (
         block_adam,
         lambda: kb.BlockAdam(0.1, use_ema=True, jit_compile=False),
-        r"average' is average \(3, 4\). Received: kernel/momentum \(3, 4\). "
+        r"average' is average \(3, 4\). Received: "
+        r"kernel/momentum in the dtype of the weight \(3, 4\). "
         "None",
     ),
     "no accumulation": (
@@ -105,7 +106,7 @@ CHECKPOINTS = {
             0.1, gradient_accumulation_steps=2, jit_compile=False
         ),
         r"gradient_accumulator' is gradient_accumulator \(3, 4\). Received: "
-        r"kernel/momentum \(3, 4\). None",
+        r"kernel/momentum in the dtype of the weight \(3, 4\). None",
     ),
     "fewer variables": (
         lambda: kb.BlockRMSprop(0.1, centered=True, jit_compile=False),
