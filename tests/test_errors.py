@@ -286,9 +286,9 @@ def stranger():
     blocking.resolve(make_variables({"other/kernel": (3, 3)}))
 
 
-def load_state_of(saved, shapes=SHAPES):
+def load_state_of(saved, shapes=SHAPES, cls=kb.BAG):
     saved.build(make_variables(shapes))
-    optimizer = kb.BAG()
+    optimizer = cls()
     optimizer.build(make_variables(SHAPES))
     optimizer.load_own_variables(own_variables(saved))
 
@@ -312,6 +312,11 @@ def meanings(**weights):
 
 
 OTHERS = {
+    "state of another momentum dtype": (
+        lambda: load_state_of(kb.BAGM(momentum_dtype="int8"), SHAPES, kb.BAGM),
+        ValueError,
+        "`momentum_dtype`.*kernel/momentum in int8.*`convert_state`",
+    ),
     "nothing to keep in 8 bits": (
         lambda: kb.BlockRMSprop(momentum_dtype="int8").build(make_variables()),
         ValueError,
