@@ -16,6 +16,9 @@ blocks of one entry within the   1024 x 1024 by entry, BAGM:   benchmarks.step
 pass over them, `rows.run`       1.9 of Adam's step, else 4.6  (`coordinate`)
 momentum of 16 bits in place,    no copy of the momentum       benchmarks.memory
 `rows.new_values_in_place`
+momentum of 8 bits made thrice,  GPT-2, BlockAdam: 1.3 of the  benchmarks.step
+its largest in parts of 16,      step of float32, else over 5  (`--momentum`)
+`sums.MOST_COMPARED`
 all but a few variables before   `model.fit`, compiled, 0.96    benchmarks.fit
 the last gradient, and short     to 0.98 of Adam's step, else  (with `LARGE = 0`
 gradients joined, `calls`        0.98 to 1.01                  in `tensorflow`)
