@@ -101,4 +101,6 @@ def mixed(x: Tensor) -> Tensor:
 
 def shifted(x: Tensor, shift: int) -> Tensor:
     """To the right, as if there were no sign."""
-    return ops.bitwise_and(ops.right_shift(x, shift), 2 ** (32 - shift) - 1)
+    # Of its own, Keras may make a float of an integer.
+    mask = ops.convert_to_tensor(2 ** (32 - shift) - 1, "int32")
+    return ops.bitwise_and(ops.right_shift(x, shift), mask)
