@@ -79,8 +79,12 @@ class Groups:
     @property
     def scale_shape(self) -> Shape:
         """One scale per group."""
+        return self._with(self.count)
+
+    def _with(self, *sizes: int) -> Shape:
+        """The view, with these sizes instead of that of the axis."""
         before, after = self.view[: self.axis], self.view[self.axis + 1 :]
-        return (*before, self.count, *after)
+        return (*before, *sizes, *after)
 
     def cut(self, x: Tensor) -> Tensor:
         """The entries of each group along the axis after `axis`."""
@@ -90,8 +94,7 @@ class Groups:
             pads = [(0, 0)] * len(self.view)
             pads[self.axis] = (0, missing)
             x = ops.pad(x, pads)
-        before, after = self.view[: self.axis], self.view[self.axis + 1 :]
-        return reshape(x, (*before, self.count, self.size, *after))
+        return reshape(x, self._with(self.count, self.size))
 
     def spread(self, values: Tensor) -> Tensor:
         """The value of its group for each entry of the variable.
@@ -103,10 +106,9 @@ class Groups:
         if n % self.size:
             group_of = np.arange(n) // self.size
             return reshape(ops.take(values, group_of, self.axis), self.shape)
-        before, after = self.view[: self.axis], self.view[self.axis + 1 :]
-        values = ops.reshape(values, (*before, self.count, 1, *after))
-        whole = (*before, self.count, self.size, *after)
-        return reshape(ops.broadcast_to(values, whole), self.shape)
+        values = ops.reshape(values, self._with(self.count, 1))
+        spread = ops.broadcast_to(values, self._with(self.count, self.size))
+        return reshape(spread, self.shape)
 
 
 def saves_memory(partition: Partition, item_size: int) -> bool:
@@ -134,13 +136,16 @@ class Encoding(NamedTuple):
     groups: Groups
     noise: Callable[[], Tensor]
 
-    def encode(self, x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The codes, as int8, and the scales, as float32.
 
         Args:
             x: Tensor of the shape of the variable, or of a reshape.
-            largest: What `largest_of` says of it.
         """
+        return self.encode_by(largest_of(x, self.groups), x)
+
+    def encode_by(self, largest: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `encode`, where `largest_of(x, groups)` is known."""
         x = reshape(ops.cast(x, "float32"), self.groups.shape)
         largest = ops.maximum(ops.cast(largest, "float32"), TINY)
         x = x * self.groups.spread(BELOW_MOST * UNIT / largest)

@@ -10,7 +10,6 @@ from typing import Protocol
 from keras import ops
 
 from keras_blockwise.algorithm.accumulators import Accumulator
-from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.algorithm.matrix_moments import Bounds
 from keras_blockwise.algorithm.matrix_moments import MatrixMoments
 from keras_blockwise.algorithm.matrix_moments import columns_of
@@ -159,9 +158,6 @@ class Kernels(Protocol):
         partition: Partition,
     ) -> Tensors:
         """The sums of `averaged(g)` over each block; `w` helps to schedule."""
-
-    def largest_of(self, x: Tensor, groups: Groups) -> Tensor:
-        """The largest absolute value of each group."""
 
     def of_matrices(
         self, function: MatrixFunction, xs: Sequence[Tensor]

@@ -14,8 +14,6 @@ import keras
 from keras import ops
 
 from keras_blockwise.algorithm.blocks import block_sum
-from keras_blockwise.algorithm.eight_bits import Groups
-from keras_blockwise.algorithm.eight_bits import largest_of
 from keras_blockwise.algorithm.orthogonal import MatrixFunction
 from keras_blockwise.algorithm.orthogonal import together
 from keras_blockwise.algorithm.second_moment import Tensors
@@ -43,10 +41,6 @@ class PlainKernels:
         """The sums of `averaged(g)` over each block."""
         return tuple(block_sum(x, partition) for x in averaged(g))
 
-    def largest_of(self, x: Tensor, groups: Groups) -> Tensor:
-        """The largest absolute value of each group."""
-        return largest_of(x, groups)
-
     def of_matrices(
         self, function: MatrixFunction, xs: Sequence[Tensor]
     ) -> Sequence[Tensor]:
@@ -70,19 +64,7 @@ class PlainKernels:
             step_size, *new = block.function(block.means, *block.statistics)
             step_sizes |= block.by_position(step_size)
             statistics.append(tuple(new))
-        return statistics, (
-            self._new_values(entry, step_sizes) for entry in entries
-        )
-
-    def _new_values(
-        self, entry: EntryUpdate, step_sizes: dict[int, Tensor]
-    ) -> Tensors:
-        new = entry.function(*entry.arguments(step_sizes))
-        if entry.encoding is None:
-            return new
-        w, m = new
-        largest = self.largest_of(m, entry.encoding.groups)
-        return w, *entry.encoding.encode(m, largest)
+        return statistics, (new_values(entry, step_sizes) for entry in entries)
 
     def calls(self, accumulators: Sequence[Any]) -> list[slice]:
         """Which variables to update in one call after the other: all in one.
@@ -97,6 +79,15 @@ class PlainKernels:
     ) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], list[Tensor]]]:
         """The arguments of a call, and a function that undoes it: as is."""
         return list(gradients), list
+
+
+def new_values(entry: EntryUpdate, step_sizes: dict[int, Tensor]) -> Tensors:
+    """What is to be kept of the entries of a unit."""
+    new = entry.function(*entry.arguments(step_sizes))
+    if entry.encoding is None:
+        return new
+    w, m = new
+    return w, *entry.encoding.encode(m)
 
 
 class PlainOptimizer(KerasHooks):

@@ -251,7 +251,7 @@ def stack_alike(
 ) -> StackedBatch:
     """What `state.batch` returns, with stacks of variables that are alike."""
     alike: dict[Any, list[int]] = {}
-    is_matrix, in_8_bits = state.has_matrices, state.in_8_bits
+    is_matrix = state.has_matrices
     # In the order in which their state is kept.
     for i in sorted(indices):
         variable, partition = state.variables[i], state.partitions[i]
@@ -260,7 +260,7 @@ def stack_alike(
             partition is not None
             and partition.group is None
             and not is_matrix[i]
-            and not in_8_bits[i]
+            and i not in state.in_8_bits
             and math.prod(partition.shape) <= LARGEST
         ):
             device = variable.value.device

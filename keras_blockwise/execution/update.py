@@ -79,7 +79,9 @@ def update(
             for part, value in zip(unit.statistics[i], new, strict=True):
                 write(part, value)
             for part, value in zip(unit.momentum[i], momentum, strict=True):
-                write(part, *encoded(part, value, iterations, kernels))
+                encoding = part.encoding(iterations)
+                kept = encoding.encode(value) if encoding else (value,)
+                write(part, *kept)
     return taken
 
 
@@ -112,19 +114,6 @@ def values_of(batch: Batch, read: Read, iterations: Tensor) -> Batch:
         weights,
         [values_of_matrices(unit, read) for unit in batch.matrices],
     )
-
-
-def encoded(
-    part: Part | EncodedPart,
-    value: Tensor,
-    iterations: Tensor,
-    kernels: Kernels,
-) -> tuple[Tensor, ...]:
-    """What is kept of the momentum of a matrix."""
-    encoding = part.encoding(iterations)
-    if encoding is None:
-        return (value,)
-    return encoding.encode(value, kernels.largest_of(value, encoding.groups))
 
 
 def values_of_matrices(unit: MatrixWeights, read: Read) -> MatrixWeights:

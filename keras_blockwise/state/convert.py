@@ -120,7 +120,7 @@ def values_of(
             p and Partition(p.shape, (1,) * len(p.shape))
             for p in state.partitions
         )
-    names = values_by_weight(state).keys()
+    names = set(state.names)
     if values.keys() != names:
         raise ValueError(
             "`source` and `target` must have the same kinds of state. "

@@ -22,7 +22,6 @@ from keras_blockwise.algorithm.blocks import reshape
 from keras_blockwise.algorithm.eight_bits import Encoding
 from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.algorithm.eight_bits import decode
-from keras_blockwise.algorithm.eight_bits import largest_of
 from keras_blockwise.algorithm.rounding import NEAREST
 from keras_blockwise.algorithm.rounding import random_numbers
 from keras_blockwise.algorithm.rule import Rule
@@ -227,6 +226,9 @@ class Storage:
             (slot.name, self._keys_of(slot.name)[slot.index]): slot
             for slot in slots
         }
+        # The variables whose momentum is kept in 8 bits, and their numbers.
+        encoded = [slot.index for slot in slots if slot.name == SCALE]
+        self.in_8_bits = {index: number for number, index in enumerate(encoded)}
 
     @property
     def has_matrices(self) -> list[bool]:
@@ -234,10 +236,10 @@ class Storage:
         return [i in self._matrices for i in range(len(self.variables))]
 
     @property
-    def in_8_bits(self) -> list[bool]:
-        """Whether the momentum of each variable is kept in 8 bits."""
-        indices = range(len(self.variables))
-        return [(SCALE, i) in self._slots for i in indices]
+    def names(self) -> list[str]:
+        """What there is of each variable, or of some: its kinds of state."""
+        momentum = ["momentum"] * self.rule.momentum.has_state
+        return [*momentum, *self.rule.second_moment.statistics]
 
     @property
     def paths(self) -> list[str]:
@@ -423,14 +425,13 @@ def values_by_weight(state: Storage) -> dict[str, dict[int, Array]]:
     for codes, scale, groups in encoded_slots(state):
         decoded = decode(values[codes], values[scale], groups)
         values[codes] = ops.convert_to_numpy(decoded)
-    names = ["momentum"] * state.rule.momentum.has_state
     return {
         name: {
             i: values[state._slots[name, key]]
             for i, key in enumerate(state._keys_of(name))
             if (name, key) in state._slots
         }
-        for name in [*names, *state.rule.second_moment.statistics]
+        for name in state.names
     }
 
 
@@ -446,29 +447,27 @@ def assign_by_weight(
     for codes, scale, groups in encoded_slots(state):
         m = ops.convert_to_tensor(new[codes], "float32")
         to_nearest = Encoding(groups, lambda: NEAREST)
-        encoded = to_nearest.encode(m, largest_of(m, groups))
+        encoded = to_nearest.encode(m)
         new[codes], new[scale] = map(ops.convert_to_numpy, encoded)
     state.assign([new[slot] for slot in state.slots])
 
 
 def encoded_slots(state: Storage) -> Iterator[tuple[Slot, Slot, Groups]]:
     """Codes, scales and groups of each momentum that is kept in 8 bits."""
-    for i, is_encoded in enumerate(state.in_8_bits):
-        if is_encoded:
-            codes, scale = (state._slots[name, i] for name in ENCODED)
-            yield codes, scale, Groups.of(state._partitions[i])
+    for i in state.in_8_bits:
+        codes, scale = (state._slots[name, i] for name in ENCODED)
+        yield codes, scale, Groups.of(state._partitions[i])
 
 
 def encoded_part(state: Storage, index: int) -> EncodedPart | None:
     """The momentum of one variable, if it is kept in 8 bits."""
-    if (SCALE, index) not in state._slots:
+    if index not in state.in_8_bits:
         return None
     codes, scales = (
         state._together(name, [index])[0][1].variable for name in ENCODED
     )
-    number = sum(state.in_8_bits[:index])
     groups = Groups.of(state._partitions[index])
-    return EncodedPart(codes, scales, groups, number)
+    return EncodedPart(codes, scales, groups, state.in_8_bits[index])
 
 
 def momentum_of(

@@ -9,7 +9,6 @@ from keras_blockwise.algorithm.eight_bits import MOST
 from keras_blockwise.algorithm.eight_bits import Encoding
 from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.algorithm.eight_bits import decode
-from keras_blockwise.algorithm.eight_bits import largest_of
 from keras_blockwise.algorithm.eight_bits import saves_memory
 from keras_blockwise.algorithm.rounding import NEAREST
 from keras_blockwise.algorithm.rounding import random_numbers
@@ -49,7 +48,7 @@ def numbers(groups, seed=0):
 def encode(x, groups, noise=NEAREST):
     x = ops.convert_to_tensor(x)
     encoding = Encoding(groups, lambda: noise)
-    return encoding.encode(x, largest_of(x, groups))
+    return encoding.encode(x)
 
 
 def of_entries(values, groups):

@@ -570,6 +570,7 @@ def test_low_precision(case, dtype):
         ("float32", "float16"),
         ("bfloat16", "float32"),
         ("float16", "float32"),
+        ("float64", "int8"),
     ],
 )
 def test_momentum_dtype(case, dtype, momentum_dtype):

@@ -180,12 +180,16 @@ def test_other_options():
     )
 
 
-def test_mixed_bfloat16():
-    keras.config.set_dtype_policy("mixed_bfloat16")
+def transformer_in(policy):
+    keras.config.set_dtype_policy(policy)
     try:
-        model, data = programs.transformer()
+        return programs.transformer()
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+def test_mixed_bfloat16():
+    model, data = transformer_in("mixed_bfloat16")
     compiled = programs.compile_step(
         model,
         data,
@@ -204,11 +208,7 @@ def test_mixed_bfloat16():
 
 
 def test_momentum_of_8_bits_and_weights_of_16():
-    keras.config.set_dtype_policy("bfloat16")
-    try:
-        model, data = programs.transformer()
-    finally:
-        keras.config.set_dtype_policy("float32")
+    model, data = transformer_in("bfloat16")
     optimizer = kb.BlockAdam(momentum_dtype="int8", stochastic_rounding=True)
     name = "BlockAdam, int8"
     compiled = programs.compile_step(

@@ -16,9 +16,9 @@ blocks of one entry within the   1024 x 1024 by entry, BAGM:   benchmarks.step
 pass over them, `rows.run`       1.9 of Adam's step, else 4.6  (`coordinate`)
 momentum of 16 bits in place,    no copy of the momentum       benchmarks.memory
 `rows.new_values_in_place`
-momentum of 8 bits made thrice,  GPT-2, BlockAdam: 1.3 of the  benchmarks.step
-its largest in parts of 16,      step of float32, else over 5  (`--momentum`)
-`sums.MOST_COMPARED`
+momentum of 8 bits made thrice,  ResNet-50: a peak of 0.084    benchmarks.memory
+its largest in parts of 16,      of the parameters, as with
+`sums.MOST_COMPARED`             a momentum in float32
 all but a few variables before   `model.fit`, compiled, 0.96    benchmarks.fit
 the last gradient, and short     to 0.98 of Adam's step, else  (with `LARGE = 0`
 gradients joined, `calls`        0.98 to 1.01                  in `tensorflow`)
@@ -33,7 +33,6 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.algorithm.orthogonal import MatrixFunction
 from keras_blockwise.algorithm.orthogonal import together
 from keras_blockwise.algorithm.second_moment import Tensors
@@ -63,9 +62,6 @@ class XlaCpuKernels(PlainKernels):
     ) -> Tensors:
         g = sums.read_along(g, w, partition)
         return tuple(sums.block_sum(x, partition) for x in averaged(g))
-
-    def largest_of(self, x: Tensor, groups: Groups) -> Tensor:
-        return sums.largest_of(x, groups)
 
     def of_matrices(
         self, function: MatrixFunction, xs: Sequence[Tensor]

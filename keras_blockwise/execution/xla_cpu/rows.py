@@ -257,7 +257,7 @@ def new_values_encoded(one: Pass, encoding: Encoding) -> list[Tensor]:
     largest = sums.largest_of(m, encoding.groups)
     gradient = after(largest, gradient)
     _, m = one.function(*inputs, gradient, *values)
-    return [w, *encoding.encode(m, largest)]
+    return [w, *encoding.encode_by(largest, m)]
 
 
 def new_values_in_rows(one: Pass, rows: int) -> tuple[list[Tensor], Tensor]:
