@@ -13,6 +13,8 @@ import keras
 import pytest
 
 from helpers import devices
+from keras_blockwise.algorithm.rounding import random_numbers
+from keras_blockwise.state import storage
 
 devices.set_up()
 HAS_TENSORFLOW = keras.backend.backend() == "tensorflow"
@@ -40,3 +42,16 @@ def pytest_collection_modifyitems(config, items):
 def fresh_keras():
     keras.backend.clear_session(free_memory=False)  # Collecting takes long.
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """Momentums in 8 bits are rounded with one another's random numbers.
+
+    So a variable takes the step that it would take in an optimizer of its own.
+    """
+    monkeypatch.setattr(
+        storage,
+        "random_numbers",
+        lambda iterations, number, shape: random_numbers(iterations, 0, shape),
+    )

@@ -46,6 +46,7 @@ def make(multipliers, cls=kb.BAGM, **kwargs):
 @pytest.mark.parametrize(
     ("shape", "blocking"), [((3,), "variable"), ((2, 4), (1, 2))]
 )
+@pytest.mark.usefixtures("same_noise")
 def test_state_that_is_kept_together(case, shape, blocking):
     """As if each variable had an optimizer with a learning rate of its own."""
     many = {f"dense_{i}/kernel": shape for i in range(18)}

@@ -9,6 +9,7 @@ import inspect
 import math
 import platform
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
 
@@ -221,7 +222,10 @@ class TensorFlowOptimizer(KerasHooks):
     ) -> Variable:
         """A state variable on the devices of `variable`."""
         extended = self._distribution_strategy.extended
-        with extended.colocate_vars_with(native(variable)):
+        with (
+            extended.colocate_vars_with(native(variable)),
+            made_by_each_worker(extended),
+        ):
             return self.add_variable(
                 shape=shape,
                 initializer=keras.initializers.Constant(value),
@@ -424,6 +428,24 @@ def kernels_on(devices: set[str]) -> PlainKernels:
 def are_cpus(devices: set[str]) -> bool:
     types = {tf.DeviceSpec.from_string(d).device_type for d in devices}
     return types == {"CPU"}
+
+
+@contextlib.contextmanager
+def made_by_each_worker(extended: Any) -> Iterator[None]:
+    """Within it, each worker makes the initial value of a variable itself.
+
+    The first worker would send it to the others, which TensorFlow cannot do in
+    every dtype (not int8, not bfloat16), and which a constant does not need.
+    """
+    number = getattr(extended, "_num_workers", None)
+    if number is None:
+        yield
+        return
+    extended._num_workers = 1
+    try:
+        yield
+    finally:
+        extended._num_workers = number
 
 
 def by_device(

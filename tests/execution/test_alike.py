@@ -66,6 +66,7 @@ def train(make, parts=(PATHS,), dtype="float32", reverse=False):
 
 
 @some_quick(LAST_OF_CLASS)
+@pytest.mark.usefixtures("same_noise")
 def test_each_has_the_step_that_it_would_have_alone(case):
     def make():
         return case.make(0.1, weight_decay=0.1, jit_compile=False)
