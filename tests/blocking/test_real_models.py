@@ -68,13 +68,7 @@ TILES = {
         "variable": {"block1_conv1/kernel": ((3, 3, 3, 64), (3, 3, 3, 64))},
     },
 }
-SCHEMES = {
-    "resnet": "output_unit",
-    "mobilenet": "layer",
-    "efficientnet": "filter",
-    "convnext": "adam_mini",
-    "vgg": "model",
-}
+SAVED = {"mobilenet": "filter", "convnext": "adam_mini", "vgg": "model"}
 each = pytest.mark.parametrize("name", APPLICATIONS)
 
 
@@ -107,6 +101,6 @@ def test_steps(name):
 def test_saving(tmp_path):
     models = {
         name: (lambda name=name: application(name), scheme)
-        for name, scheme in SCHEMES.items()
+        for name, scheme in SAVED.items()
     }
     check_saving(models, tmp_path)

@@ -61,14 +61,16 @@ def described(optimizer):
     ]
 
 
-def compile_with(model, scheme, **kwargs):
-    """Eager, since a graph of a whole model takes longer than its step."""
-    optimizer = kb.BlockAdam(
+def block_adam(model, scheme, **kwargs):
+    return kb.BlockAdam(
         blocking=kb.Blocking.from_model(model, scheme), **kwargs
     )
+
+
+def compile_with(model, optimizer):
+    """Eager, since a graph of a whole model takes longer than its step."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, run_eagerly=True)
-    return optimizer
 
 
 def check_partitions(model):
@@ -101,15 +103,21 @@ def check_tiles(model, expected):
 
 
 def check_steps(model):
-    """One step under every scheme."""
+    """One step under every scheme, of gradients that are computed once."""
     x, y = example_batch(model)
     weights = model.get_weights()
+    before = [np.array(v) for v in model.trainable_variables]
+    compile_with(model, keras.optimizers.SGD(1.0))
+    assert np.isfinite(step(model, x, y))
+    gradients = [
+        keras.ops.convert_to_tensor(old - np.array(new))
+        for old, new in zip(before, model.trainable_variables)
+    ]
     for scheme in SCHEMES:
         model.set_weights(weights)
         # Compiled by XLA below; here that would be the time of most of it.
-        optimizer = compile_with(model, scheme, jit_compile=False)
-        before = [np.array(v) for v in model.trainable_variables]
-        assert np.isfinite(step(model, x, y))
+        optimizer = block_adam(model, scheme, jit_compile=False)
+        optimizer.apply(gradients, model.trainable_variables)
         for variable in model.trainable_variables:
             assert np.all(np.isfinite(variable)), variable.path
         moved = [
@@ -118,7 +126,6 @@ def check_steps(model):
         ]
         # Some have no gradient, such as the bias of a key.
         assert np.mean(moved) > 0.8
-        assert int(optimizer.iterations) == 1
 
 
 def check_saving(models, folder, imports=""):
@@ -132,7 +139,7 @@ def check_saving(models, folder, imports=""):
     expected = {}
     for name, (make, scheme) in models.items():
         model = make()
-        optimizer = compile_with(model, scheme)
+        compile_with(model, optimizer := block_adam(model, scheme))
         x, y = example_batch(model)
         step(model, x, y)
         path = str(Path(folder) / f"{name}.keras")

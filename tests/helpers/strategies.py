@@ -15,6 +15,8 @@ from helpers.replicas import local_values
 STEPS = 20
 BATCH_SIZE = 8
 SCHEMES = ["variable", "output_unit", "layer", "model"]
+# Where many classes are trained: blocks of entries, and of several variables.
+SOME_SCHEMES = ["output_unit", "layer"]
 # Sums over replicas are made in another order, and in float64.
 TOLERANCE = 1e-11
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from helpers import devices
 from helpers.cases import LAST_OF_CLASS
 from helpers.strategies import OPTIONS
+from helpers.strategies import SOME_SCHEMES
 from helpers.strategies import train_schemes
 from helpers.strategies import train_with_option
 
@@ -25,7 +26,7 @@ def main(path):
     results = {}
     for case in LAST_OF_CLASS:
         make = functools.partial(case.make, jit_compile=True)
-        results[case.id] = train_schemes(strategy, make)
+        results[case.id] = train_schemes(strategy, make, SOME_SCHEMES)
     for option in OPTIONS:
         results[option] = train_with_option(strategy, option)
     path.write_bytes(pickle.dumps(results))

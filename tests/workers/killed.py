@@ -1,4 +1,4 @@
-"""Trains a model, kills the training twenty times, and resumes it.
+"""Trains a model, kills the training eight times, and resumes it.
 
     python -m workers.killed FOLDER
 
@@ -34,7 +34,7 @@ from helpers.models import mlp
 from helpers.models import product_data
 from helpers.models import state_of
 
-KILLS = 20
+KILLS = 8
 STEPS_PER_EPOCH = 15
 EPOCHS = 14
 STEPS = EPOCHS * STEPS_PER_EPOCH

@@ -219,20 +219,26 @@ EVERY = {
     ),
     *(
         Setting("BlockAdam", format, "eager", option)
-        for option in OPTIONS
-        for format in ("weights", "backup")
+        for option, format in zip(
+            OPTIONS, itertools.cycle(("weights", "backup"))
+        )
     ),
     *(
-        Setting("BlockAdam", "checkpoint", mode, option)
+        Setting("BlockAdam", "checkpoint", "replicas", option)
         for option in OPTIONS
-        for mode in ("xla", "replicas")
         # Keras accumulates gradients on one device only.
-        if (option, mode) != ("accumulation", "replicas")
+        if option != "accumulation"
+    ),
+    *(
+        Setting("BlockAdam", "checkpoint", "xla", option)
+        for option in ("accumulation", "skip")
     ),
     *(
         Setting("BlockAdam", format, one, "plain", other)
-        for format in FORMATS
-        for one, other in (("graph", "replicas"), ("replicas", "graph"))
+        for format, (one, other) in zip(
+            FORMATS,
+            itertools.cycle((("graph", "replicas"), ("replicas", "graph"))),
+        )
     ),
 }
 SETTINGS = [*DEFAULT, *sorted(EVERY - {*DEFAULT})]

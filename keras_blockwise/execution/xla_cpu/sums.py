@@ -43,7 +43,7 @@ Tensor = Any
 MOST_TERMS = 32
 # Most numbers of which XLA computes the largest without a loop, in the pass
 # that makes them; fewer would take more memory for what is left to compare.
-MOST_COMPARED = 16
+MOST_COMPARED = 4
 # How many neighbouring sums that code computes at once.
 LANES = 8
 # Preferred distance between the terms of one sum, in numbers.
