@@ -18,6 +18,7 @@ from keras import ops
 
 from keras_blockwise.algorithm.blocks import reshape
 from keras_blockwise.algorithm.rounding import UNIT
+from keras_blockwise.algorithm.rounding import nearest
 from keras_blockwise.algorithm.rounding import rounded
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.blocking.partition import Shape
@@ -144,12 +145,23 @@ class Encoding(NamedTuple):
         """
         return self.encode_by(largest_of(x, self.groups), x)
 
-    def encode_by(self, largest: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As `encode`, where `largest_of(x, groups)` is known."""
+    def encode_by(
+        self,
+        largest: Tensor,
+        x: Tensor,
+        nearest: Callable[[Tensor], Tensor] = nearest,
+    ) -> tuple[Tensor, Tensor]:
+        """As `encode`, where `largest_of(x, groups)` is known.
+
+        Args:
+            largest: The largest absolute values.
+            x: As in `encode`.
+            nearest: As in `rounded`, of numbers below 2^22.
+        """
         x = reshape(ops.cast(x, "float32"), self.groups.shape)
         largest = ops.maximum(ops.cast(largest, "float32"), TINY)
         x = x * self.groups.spread(BELOW_MOST * UNIT / largest)
-        codes = rounded(x, self.noise())
+        codes = rounded(x, self.noise(), nearest)
         return ops.cast(codes, "int8"), largest / MOST
 
 

@@ -1,7 +1,8 @@
 """Stochastic rounding: up or down at random, and right on average.
 
 Rounding to nearest loses every change of less than half a unit, in each step
-anew. Here the integer part of `x + u` is taken, with `u` uniform in [0, 1).
+anew. Here the integer part of `x + u` is taken, with `u` uniform in [0, 1), and
+`x` to 15 binary places.
 
 The numbers come from a counter-based generator (Salmon et al. 2011, "Parallel
 random numbers: as easy as 1, 2, 3"): `u` is a function of the step, the
@@ -10,6 +11,7 @@ in a job that goes on from a file, and on every backend.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,8 @@ Tensor = Any
 # Of `lowbias32` (Wellons, Hash Prospector): shifts, and factors as int32.
 SHIFTS = (16, 15, 16)
 FACTORS = (0x7FEB352D, 0x846CA68B - 2**32)
-# How finely a number is cut, and `u` drawn: 2^-16.
-BITS = 16
+# How finely a number is cut, and `u` drawn: 2^-15.
+BITS = 15
 UNIT = 2.0**BITS
 # Instead of a random number, to round to the nearest integer.
 NEAREST = 2 ** (BITS - 1)
@@ -34,14 +36,22 @@ SIXTEEN_BITS = {"bfloat16": (7, 2.0**-126), "float16": (10, 2.0**-24)}
 MOMENTUM, WEIGHT = range(2)
 
 
-def rounded(x: Tensor, noise: Tensor) -> Tensor:
+def nearest(x: Tensor) -> Tensor:
+    """The nearest integers, as int32."""
+    return ops.cast(ops.round(x), "int32")
+
+
+def rounded(
+    x: Tensor, noise: Tensor, nearest: Callable[[Tensor], Tensor] = nearest
+) -> Tensor:
     """One of the two integers next to each number, as int32.
 
     Args:
         x: Tensor, `UNIT` times numbers below 2^15.
         noise: What `random_numbers` returns, or `NEAREST`.
+        nearest: As `nearest`, for a device.
     """
-    return ops.right_shift(ops.cast(x, "int32") + noise, BITS)
+    return ops.right_shift(nearest(x) + noise, BITS)
 
 
 def rounded_to(dtype: str, x: Tensor, noise: Tensor) -> Tensor:
@@ -66,7 +76,7 @@ def random_numbers(
     shape: Shape,
     purpose: int = MOMENTUM,
 ) -> Tensor:
-    """Integers in [0, 2^16), as int32.
+    """Integers in [0, 2^15), as int32.
 
     Args:
         iterations: Scalar, the count of steps.

@@ -22,7 +22,7 @@ def random_numbers(step, variable, shape, purpose=0):
         row, column = np.divmod(np.arange(np.prod(shape)), shape[-1])
         row = hashed(np.uint32(2**32 - 1) - np.uint32(row))
         x = (row ^ hashed(column) ^ key) * np.uint32(0x7FEB352D)
-    return (x >> np.uint32(16)).reshape(shape) / 2**16
+    return (x >> np.uint32(17)).reshape(shape) / 2**15
 
 
 def stored(m, number, partition, step):

@@ -17,7 +17,7 @@ pass over them, `rows.run`       1.9 of Adam's step, else 4.6  (`coordinate`)
 momentum of 16 bits in place,    no copy of the momentum       benchmarks.memory
 `rows.new_values_in_place`
 momentum of 8 bits made thrice,  ResNet-50: a peak of 0.084    benchmarks.memory
-its largest in parts of 16,      of the parameters, as with
+its largest in parts of 4,       of the parameters, as with
 `sums.MOST_COMPARED`             a momentum in float32
 all but a few variables before   `model.fit`, compiled, 0.96    benchmarks.fit
 the last gradient, and short     to 0.98 of Adam's step, else  (with `LARGE = 0`

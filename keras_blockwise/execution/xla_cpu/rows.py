@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 from keras import ops
 from tensorflow.compiler.tf2xla.python import xla
@@ -29,6 +30,9 @@ SHORTEST = 2**13
 LONGEST = 2**15
 # Smaller variables are not cut into rows.
 LARGE = 2**18
+# The last binary place of the sum of this and a smaller number is that of 1.
+SHIFTER = 1.5 * 2.0**23
+SHIFTER_BITS = int(np.float32(SHIFTER).view(np.int32))
 # XLA runs loops concurrently on at most this many cores.
 MOST_CORES = 4
 # Fewest loops per core: XLA's workers steal loops while more than eight wait.
@@ -257,7 +261,15 @@ def new_values_encoded(one: Pass, encoding: Encoding) -> list[Tensor]:
     largest = sums.largest_of(m, encoding.groups)
     gradient = after(largest, gradient)
     _, m = one.function(*inputs, gradient, *values)
-    return [w, *encoding.encode_by(largest, m)]
+    return [w, *encoding.encode_by(largest, m, nearest)]
+
+
+def nearest(x: Tensor) -> Tensor:
+    """As in `rounding`, of numbers below 2^22.
+
+    XLA's conversion would also limit them to those of int32.
+    """
+    return tf.bitcast(x + SHIFTER, tf.int32) - SHIFTER_BITS
 
 
 def new_values_in_rows(one: Pass, rows: int) -> tuple[list[Tensor], Tensor]:

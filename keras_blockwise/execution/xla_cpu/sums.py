@@ -42,7 +42,7 @@ Tensor = Any
 # Most terms of a sum for which XLA emits vectorized code.
 MOST_TERMS = 32
 # Most numbers of which XLA computes the largest without a loop, in the pass
-# that makes them; fewer would take more memory for what is left to compare.
+# that makes them, whatever the shape. Of 8, not if rows are shorter than 256.
 MOST_COMPARED = 4
 # How many neighbouring sums that code computes at once.
 LANES = 8

@@ -21,6 +21,8 @@ from helpers.training import falling
 from helpers.training import train
 from keras_blockwise import BAGM
 from keras_blockwise import AdaBlock
+from keras_blockwise.algorithm import rounding
+from keras_blockwise.execution.xla_cpu import rows
 from keras_blockwise.execution.xla_cpu.rows import Pass
 from keras_blockwise.execution.xla_cpu.rows import merging_axes
 from keras_blockwise.execution.xla_cpu.rows import rows_of
@@ -218,3 +220,14 @@ def test_a_step_under_a_strategy_is_cut_on_each_replica(short_rows):
     assert all(map(has_loop, compiled_functions(optimizer)))
     for variable, value in zip(variables, expected):
         assert_close(local_values(strategy, variable), [value, value], 2e-5)
+
+
+def test_nearest_is_that_of_the_plain_path():
+    most = 127 * rounding.UNIT
+    x = np.linspace(-most, most, 10001, dtype=np.float32)
+    x = np.concatenate([x, [-1.5, -0.5, -0.25, -0.0, 0.5, 1.5, 2.5]])
+    compiled = tf.function(rows.nearest, jit_compile=True)
+    for function in (rows.nearest, compiled):
+        received = function(tf.constant(x, tf.float32))
+        assert received.dtype == tf.int32
+        np.testing.assert_array_equal(received, rounding.nearest(x))
