@@ -5,7 +5,7 @@
 
 Every optimizer has a process of its own. What its step needs is told twice: by
 XLA, as all buffers of the compiled step that are no arguments, and on Linux by
-the system, as the growth of the resident memory while steps are taken. Peers of
+the system, as the growth of the resident memory while a step is taken. Peers of
 PyTorch have the second alone, and are left out where they are not installed.
 """
 
@@ -65,9 +65,10 @@ def buffer_bytes(assignment: str) -> int:
 
 
 def growth(step: peers.Step) -> int | None:
-    """By how many bytes the process grows while it takes steps.
+    """By how many bytes the process grows while it takes a step.
 
-    The least of three times: what it does but once is no need of a step.
+    The least of three times: what it does but once is no need of a step. And
+    not of two in a row: the memory of one may be freed after the next begins.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -78,7 +79,6 @@ def growth(step: peers.Step) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)
         before = processes.resident_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # Resets VmHWM.
-        step()
         step()
         grown.append(processes.resident_bytes("VmHWM") - before)
     return min(grown)

@@ -33,6 +33,9 @@ LARGE = 2**18
 # The last binary place of the sum of this and a smaller number is that of 1.
 SHIFTER = 1.5 * 2.0**23
 SHIFTER_BITS = int(np.float32(SHIFTER).view(np.int32))
+# Of so many variables at once, scales are computed: XLA would keep for all of
+# them what it compares.
+AT_ONCE = 2
 # XLA runs loops concurrently on at most this many cores.
 MOST_CORES = 4
 # Fewest loops per core: XLA's workers steal loops while more than eight wait.
@@ -166,13 +169,16 @@ def new_values(passes: Sequence[Pass], cores: int) -> list[list[Tensor]]:
     """What the variables of each pass are to be."""
     rows = rows_of_each(passes, cores)
     new: list[list[Tensor]] = []
-    loops = []
+    loops: list[Tensor] = []
+    scales: list[Tensor] = []
     for i, one in enumerate(passes):
         if i in rows:
             values, state = new_values_in_rows(one, rows[i])
             loops.append(state)
         elif one.encoding is not None:
-            values = new_values_encoded(one, one.encoding)
+            earlier = scales[-AT_ONCE] if len(scales) >= AT_ONCE else None
+            values = new_values_encoded(one, one.encoding, earlier)
+            scales.append(values[-1])
         else:
             values = new_values_in_place(one)
         new.append(values)
@@ -246,17 +252,26 @@ def new_values_in_place(one: Pass) -> list[Tensor]:
     return new
 
 
-def new_values_encoded(one: Pass, encoding: Encoding) -> list[Tensor]:
+def new_values_encoded(
+    one: Pass, encoding: Encoding, earlier: Tensor | None
+) -> list[Tensor]:
     """The new weights, and the codes and scales of the new momentum.
 
     The momentum is computed three times, from codes that are in memory until
     the new ones are: for the weights, for the scales and for the codes. XLA
     would else write all of it to memory.
+
+    Args:
+        one: The update.
+        encoding: How the momentum is kept.
+        earlier: What to wait for before the scales are computed.
     """
     (*inputs, gradient), values = one.inputs, one.values
     w, _ = one.function(*inputs, gradient, *values)
     w = tf.cast(w, values[0].dtype)
     gradient = after(w, gradient)
+    if earlier is not None:
+        gradient = after(earlier, gradient)
     _, m = one.function(*inputs, gradient, *values)
     largest = sums.largest_of(m, encoding.groups)
     gradient = after(largest, gradient)
