@@ -9,6 +9,7 @@ from helpers.programs import main_of
 from helpers.programs import program_of
 from keras_blockwise import BAGM
 from keras_blockwise import BlockAdam
+from keras_blockwise.execution.xla_cpu.rows import AT_ONCE
 
 # The names of variables say little of their blocks.
 NAMES = pytest.mark.filterwarnings("ignore:Names and shapes")
@@ -73,6 +74,23 @@ def test_a_momentum_in_8_bits_is_nowhere_in_float32(cls, scheme):
     )
     # The weights and the codes of three kernels, none of which is copied.
     assert large == ["f32"] * 3 + ["s8"] * 3
+
+
+def test_the_scales_of_few_variables_are_computed_at_once():
+    """What is compared for them would be in memory all at once."""
+    optimizer = BlockAdam(momentum_dtype="int8", blocking="output_unit")
+    main = main_of(program_of(optimizer, (512, 512), "abcdef"))
+    compared = re.findall(r"(%[\w.]+) = f32\[2,64,512\]", main)
+    assert len(compared) == 6
+    alive, most = set(), 0
+    for line in main.splitlines():
+        made = re.match(r"\s*(?:ROOT )?(%[\w.]+) =", line)
+        if made and made[1] in compared:
+            alive.add(made[1])
+            most = max(most, len(alive))
+        else:
+            alive -= set(re.findall(r"%[\w.]+", line))
+    assert most <= AT_ONCE
 
 
 @pytest.mark.parametrize("cls", [BlockAdam, BAGM])
