@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import keras_blockwise as kb
-from helpers.arrays import assert_close
 
 if keras.backend.backend() != "jax":
     pytest.skip("needs the devices of JAX", allow_module_level=True)
@@ -113,12 +112,15 @@ def test_numbers_of_one_device_and_nothing_gathered(name, how):
         (model.variables, alone.variables),
         (model.optimizer.variables, alone.optimizer.variables),
     ):
-        assert_close(
-            [np.array(v) for v in variables],
-            [np.array(v) for v in expected],
-            rtol=1e-5,
-            atol=1e-6,
-        )
+        for variable, other in zip(variables, expected, strict=True):
+            ours, theirs = np.float64(variable), np.float64(other)
+            if "8 bits" not in name:
+                np.testing.assert_allclose(ours, theirs, 1e-5, 1e-6)
+                continue
+            # Of sums in another order, a code may be the next one.
+            assert np.isclose(ours, theirs, 1e-5, 1e-6).mean() > 0.999
+            unit = 1.0 if variable.dtype == "int8" else 1e-3
+            np.testing.assert_allclose(ours, theirs, 0.0, unit)
     sent = bytes_sent(program_of_update(model))
     assert sent.keys() <= {"all-reduce"}
     # One number for each block that devices share, and for the mean.
