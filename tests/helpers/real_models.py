@@ -61,10 +61,8 @@ def described(optimizer):
     ]
 
 
-def block_adam(model, scheme, **kwargs):
-    return kb.BlockAdam(
-        blocking=kb.Blocking.from_model(model, scheme), **kwargs
-    )
+def block_adam(model, scheme):
+    return kb.BlockAdam(blocking=kb.Blocking.from_model(model, scheme))
 
 
 def compile_with(model, optimizer):
@@ -115,8 +113,7 @@ def check_steps(model):
     ]
     for scheme in SCHEMES:
         model.set_weights(weights)
-        # Compiled by XLA below; here that would be the time of most of it.
-        optimizer = block_adam(model, scheme, jit_compile=False)
+        optimizer = block_adam(model, scheme)
         optimizer.apply(gradients, model.trainable_variables)
         for variable in model.trainable_variables:
             assert np.all(np.isfinite(variable)), variable.path
