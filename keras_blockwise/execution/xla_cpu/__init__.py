@@ -19,9 +19,11 @@ momentum of 16 bits in place,    no copy of the momentum       benchmarks.memory
 momentum of 8 bits made thrice,  ResNet-50: a peak of 0.084    benchmarks.memory
 for two variables at once,       of the parameters; for all
 `rows.AT_ONCE`                   at once 0.25
-its largest in parts of 4,       ResNet-50, BlockAdam: 1.37    benchmarks.step
-`sums.MOST_COMPARED`             of the step with float32,     (`int8`)
-                                 in parts of 16 1.62
+its largest in parts of 4,       ResNet-50: 0.91 to 0.93 of    benchmarks.step
+`sums.MOST_COMPARED`             Adam's step, else (16) 1.3    (`int8`)
+integers without their limits,   ResNet-50: 0.91 to 0.93 of    benchmarks.step
+`rows.nearest`                   Adam's step, else 1.02 to     (`int8`)
+                                 1.06
 all but a few variables before   `model.fit`, compiled, 0.96    benchmarks.fit
 the last gradient, and short     to 0.98 of Adam's step, else  (with `LARGE = 0`
 gradients joined, `calls`        0.98 to 1.01                  in `tensorflow`)

@@ -33,8 +33,9 @@ LARGE = 2**18
 # The last binary place of the sum of this and a smaller number is that of 1.
 SHIFTER = 1.5 * 2.0**23
 SHIFTER_BITS = int(np.float32(SHIFTER).view(np.int32))
-# Of so many variables at once, scales are computed: XLA would keep for all of
-# them what it compares.
+# So many variables are updated at once if their momentum is encoded: XLA would
+# keep for all of them what it compares, and a gradient leaves the cache between
+# the passes over it.
 AT_ONCE = 2
 # XLA runs loops concurrently on at most this many cores.
 MOST_CORES = 4
@@ -264,14 +265,14 @@ def new_values_encoded(
     Args:
         one: The update.
         encoding: How the momentum is kept.
-        earlier: What to wait for before the scales are computed.
+        earlier: What to wait for.
     """
     (*inputs, gradient), values = one.inputs, one.values
+    if earlier is not None:
+        gradient = after(earlier, gradient)
     w, _ = one.function(*inputs, gradient, *values)
     w = tf.cast(w, values[0].dtype)
     gradient = after(w, gradient)
-    if earlier is not None:
-        gradient = after(earlier, gradient)
     _, m = one.function(*inputs, gradient, *values)
     largest = sums.largest_of(m, encoding.groups)
     gradient = after(largest, gradient)

@@ -41,9 +41,10 @@ Tensor = Any
 
 # Most terms of a sum for which XLA emits vectorized code.
 MOST_TERMS = 32
-# Most numbers of which XLA computes the largest without a loop, in the pass
-# that makes them, whatever the shape. Of 8, not if rows are shorter than 256.
-MOST_COMPARED = 4
+# Of so many numbers, XLA computes the largest without a loop, in the pass that
+# makes them: of numbers apart, and of neighbours.
+COMPARED = 4
+NEIGHBOURS_COMPARED = 8
 # How many neighbouring sums that code computes at once.
 LANES = 8
 # Preferred distance between the terms of one sum, in numbers.
@@ -82,14 +83,20 @@ def block_sum(x: Tensor, p: Partition) -> Tensor:
 
 
 def largest_of(x: Tensor, groups: Groups) -> Tensor:
-    """As in `eight_bits`. Of few terms, XLA computes what it compares."""
+    """As in `eight_bits`. Of few terms, XLA computes what it compares.
+
+    Without axes of one entry, for which XLA would write all of it to memory.
+    """
     x = groups.cut(ops.abs(x))
     *before, n = x.shape[: groups.axis + 2]
-    after = x.shape[groups.axis + 2 :]
-    terms = max(k for k in range(1, MOST_COMPARED + 1) if n % k == 0)
-    x = reshape(x, (*before, terms, n // terms, *after))
-    x = materialize(ops.max(x, axis=groups.axis + 1))
-    return ops.max(x, axis=groups.axis + 1)
+    rows, width = math.prod(before), math.prod(x.shape[groups.axis + 2 :])
+    most = NEIGHBOURS_COMPARED if width == 1 else COMPARED
+    terms = next((k for k in range(most, most // 2, -1) if n % k == 0), most)
+    x = ops.reshape(x, (rows, n * width))
+    x = ops.pad(x, ((0, 0), (0, -n % terms * width)))
+    largest = ops.max(ops.reshape(x, (rows, terms, -1)), axis=1)
+    largest = ops.reshape(materialize(largest), (rows, -1, width))
+    return ops.reshape(ops.max(largest, axis=1), groups.scale_shape)
 
 
 def row_sums(x: Tensor) -> Tensor:

@@ -61,16 +61,26 @@ def test_a_narrow_momentum_needs_no_copy(cls, dtype):
     assert sorted(made) == sorted([(kind, "fusion"), ("bf16", "fusion")] * 3)
 
 
-@pytest.mark.parametrize("scheme", ["output_unit", "input_unit"])
+@pytest.mark.parametrize(
+    "scheme, shape",
+    [
+        ("output_unit", (512, 512)),
+        ("output_unit", (131, 1024)),
+        ("input_unit", (512, 512)),
+        # One group in a row, and one that no small number divides.
+        ("input_unit", (1024, 192)),
+        ("input_unit", (1024, 131)),
+    ],
+)
 @pytest.mark.parametrize("cls", [BlockAdam, BAGM])
-def test_a_momentum_in_8_bits_is_nowhere_in_float32(cls, scheme):
+def test_a_momentum_in_8_bits_is_nowhere_in_float32(cls, scheme, shape):
     optimizer = cls(momentum_dtype="int8", blocking=scheme)
-    main = main_of(program_of(optimizer, (512, 512), "abc"))
+    main = main_of(program_of(optimizer, shape, "abc"))
     made = re.findall(r"= (\w+)\[([\d,]+)\]\S* (?!parameter)(\w+)\(", main)
     large = sorted(
         kind
         for kind, dims, _ in made
-        if np.prod([int(n) for n in dims.split(",")]) > 512 * 512 // 2
+        if np.prod([int(n) for n in dims.split(",")]) > np.prod(shape) // 2
     )
     # The weights and the codes of three kernels, none of which is copied.
     assert large == ["f32"] * 3 + ["s8"] * 3

@@ -7,12 +7,15 @@ import tensorflow as tf
 
 import keras_blockwise as kb
 from helpers.programs import all_nodes
+from keras_blockwise.algorithm import eight_bits
+from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.execution import tensorflow
 from keras_blockwise.execution.xla_cpu.sums import LANES
 from keras_blockwise.execution.xla_cpu.sums import MOST_TERMS
 from keras_blockwise.execution.xla_cpu.sums import SMALL
 from keras_blockwise.execution.xla_cpu.sums import block_sum
+from keras_blockwise.execution.xla_cpu.sums import largest_of
 from keras_blockwise.execution.xla_cpu.sums import row_terms
 from keras_blockwise.execution.xla_cpu.sums import terms_and_distance
 
@@ -68,6 +71,19 @@ def test_parts_have_the_sum_of_the_whole(shape, block_shape):
         assert actual.dtype == dtype
         expected = plain_sum(np.square(x, dtype="float64"), p)
         np.testing.assert_allclose(actual, expected, tolerance)
+
+
+@each_shape
+def test_the_largest_of_parts_is_that_of_the_whole(shape, block_shape):
+    groups = Groups.of(Partition(shape, block_shape))
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+
+    @tf.function(jit_compile=True)
+    def largest(x):
+        return largest_of(x, groups)
+
+    expected = eight_bits.largest_of(tf.constant(x), groups)
+    np.testing.assert_array_equal(largest(tf.constant(x)), expected)
 
 
 @each_shape
