@@ -20,7 +20,9 @@ momentum of 8 bits made thrice,  ResNet-50: a peak of 0.084    benchmarks.memory
 for two variables at once,       of the parameters; for all
 `rows.AT_ONCE`                   at once 0.25
 its largest in parts of 4,       ResNet-50: 0.91 to 0.93 of    benchmarks.step
-`sums.MOST_COMPARED`             Adam's step, else (16) 1.3    (`int8`)
+`sums.COMPARED`                  Adam's step, else (16) 1.3    (`int8`)
+of neighbours in parts of 8,     GPT-2: a peak of 0.046 of     benchmarks.memory
+`sums.NEIGHBOURS_COMPARED`       the parameters, else 0.084
 integers without their limits,   ResNet-50: 0.91 to 0.93 of    benchmarks.step
 `rows.nearest`                   Adam's step, else 1.02 to     (`int8`)
                                  1.06
