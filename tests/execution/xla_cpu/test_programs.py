@@ -65,7 +65,6 @@ def test_a_narrow_momentum_needs_no_copy(cls, dtype):
     "scheme, shape",
     [
         ("output_unit", (512, 512)),
-        ("output_unit", (131, 1024)),
         ("input_unit", (512, 512)),
         # One group in a row, and one that no small number divides.
         ("input_unit", (1024, 192)),
