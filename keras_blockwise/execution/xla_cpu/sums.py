@@ -42,7 +42,7 @@ Tensor = Any
 # Most terms of a sum for which XLA emits vectorized code.
 MOST_TERMS = 32
 # Of so many numbers, XLA computes the largest without a loop, in the pass that
-# makes them: of numbers apart, and of neighbours.
+# makes them: of numbers apart, and of neighbours. Of more, not in every shape.
 COMPARED = 4
 NEIGHBOURS_COMPARED = 8
 # How many neighbouring sums that code computes at once.
@@ -90,13 +90,13 @@ def largest_of(x: Tensor, groups: Groups) -> Tensor:
     x = groups.cut(ops.abs(x))
     *before, n = x.shape[: groups.axis + 2]
     rows, width = math.prod(before), math.prod(x.shape[groups.axis + 2 :])
-    most = NEIGHBOURS_COMPARED if width == 1 else COMPARED
+    most = min(n, NEIGHBOURS_COMPARED if width == 1 else COMPARED)
     terms = next((k for k in range(most, most // 2, -1) if n % k == 0), most)
-    x = ops.reshape(x, (rows, n * width))
+    x = reshape(x, (rows, n * width))
     x = ops.pad(x, ((0, 0), (0, -n % terms * width)))
-    largest = ops.max(ops.reshape(x, (rows, terms, -1)), axis=1)
-    largest = ops.reshape(materialize(largest), (rows, -1, width))
-    return ops.reshape(ops.max(largest, axis=1), groups.scale_shape)
+    largest = ops.max(reshape(x, (rows, terms, -1)), axis=1)
+    largest = reshape(materialize(largest), (rows, -1, width))
+    return reshape(ops.max(largest, axis=1), groups.scale_shape)
 
 
 def row_sums(x: Tensor) -> Tensor:
