@@ -8,10 +8,9 @@ import keras_blockwise as kb
 from helpers.arrays import assert_close
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
-from helpers.cases import LAST_OF_CLASS
+from helpers.cases import few_classes
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
-from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.models import mlp
 from helpers.saving import own_variables
@@ -42,7 +41,7 @@ def make(multipliers, cls=kb.BAGM, **kwargs):
     )
 
 
-@some_quick(LAST_OF_CLASS)
+@few_classes
 @pytest.mark.parametrize(
     ("shape", "blocking"), [((3,), "variable"), ((2, 4), (1, 2))]
 )

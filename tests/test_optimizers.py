@@ -19,7 +19,7 @@ from helpers.cases import CASES
 from helpers.cases import OPTIMIZERS
 from helpers.cases import SCHEMES
 from helpers.cases import SHAPES
-from helpers.cases import each_case
+from helpers.cases import each_class
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import of_classes
@@ -40,7 +40,7 @@ each_reduction = pytest.mark.parametrize(
 )
 # The last row of each class has all of its statistics.
 BY_CLASS = list({case.cls: case for case in REDUCTIONS}.values())
-each_class = of_classes(BY_CLASS)
+each_reduced_class = of_classes(BY_CLASS)
 
 
 def pair(case, learning_rate=LEARNING_RATE, **kwargs):
@@ -156,7 +156,7 @@ each_option = pytest.mark.parametrize(
 )
 
 
-@some_quick(BY_CLASS)
+@some_quick([case for case in BY_CLASS if case.cls in (kb.BlockAdam, kb.BAG)])
 @each_option
 def test_option_equals_keras(case, options):
     with_option = assert_equal(pair(case, **options))
@@ -171,11 +171,15 @@ def test_option_equals_keras(case, options):
     "options",
     [
         pytest.param(
-            options,
+            OPTIONS[name],
             id=name,
             marks=() if name == "weight_decay" else pytest.mark.slow,
         )
-        for name, options in OPTIONS.items()
+        for name in (
+            "weight_decay",
+            "ema_overwrite_frequency",
+            "gradient_accumulation_and_clipping",
+        )
     ],
 )
 def test_option_compiled_and_eager_equals_keras(options):
@@ -209,7 +213,7 @@ def test_missing_gradients_equal_keras(case):
     assert_equal(pair(case), gradients=gradients)
 
 
-@each_class
+@each_reduced_class
 def test_constraint_equals_keras(case):
     constraint = keras.constraints.MinMaxNorm(0.5, 1.0)
     values = assert_equal(pair(case), constraint=constraint)
@@ -217,7 +221,7 @@ def test_constraint_equals_keras(case):
     assert (norms < 1.0 + 1e-6).all()
 
 
-@each_class
+@each_reduced_class
 @pytest.mark.parametrize("wrap", [eager, graph])
 def test_loss_scale_optimizer_equals_keras(case, wrap):
     if case.keras_cls is keras.optimizers.Nadam and BACKEND == "jax":
@@ -427,7 +431,7 @@ def test_schedule_survives(cls, trip):
     np.testing.assert_allclose(restored.learning_rate, 0.5)
 
 
-@each_case
+@each_class
 @pytest.mark.parametrize("built", [False, True])
 def test_config_is_plain_json(case, built):
     optimizer = case.make(blocking=BLOCKING if not built else "layer")

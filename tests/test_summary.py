@@ -130,8 +130,10 @@ OPTIMIZERS = {
 SCHEMES = ["coordinate", "output_unit", "head", "layer", "model", "adam_mini"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [*((scheme, "float32") for scheme in SCHEMES), ("output_unit", "float64")],
+)
 def test_totals_are_the_bytes_that_there_are(scheme, dtype):
     model = transformer(dtype=dtype)
     adam = built(keras.optimizers.Adam(), model.trainable_variables)
@@ -296,17 +298,16 @@ def resnet(depth):
 
 
 @pytest.mark.parametrize(
-    ("make", "variables"),
+    ("make", "variables", "scheme"),
     [
-        (lambda: resnet(65), 199),
-        (lambda: transformer(num_layers=12), 197),
+        (lambda: resnet(65), 199, "output_unit"),
+        (lambda: transformer(num_layers=12), 197, "layer"),
         (lambda: keras.Sequential(
             [keras.Input((3,)), *(L.Dense(3) for _ in range(100))]
-        ), 200),
+        ), 200, "output_unit"),
     ],
     ids=["convolutions", "transformer", "dense"],
 )  # fmt: skip
-@pytest.mark.parametrize("scheme", ["output_unit", "layer"])
 def test_long_models_are_folded(make, variables, scheme):
     model = make()
     assert len(model.trainable_variables) == variables

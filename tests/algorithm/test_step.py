@@ -15,6 +15,7 @@ from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import of_classes
 from helpers.cases import slots_of
+from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.tensorflow import tf
 from helpers.training import eager
@@ -410,6 +411,19 @@ ONE_OF_EACH = [
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
 ]
 each_full_class = of_classes(ONE_OF_EACH)
+
+
+def is_one_of_few(case):
+    """One with each kind of momentum, and one with matrices."""
+    return case.cls in (kb.BlockAdam, kb.BAGM, kb.BlockMuon)
+
+
+# Of what classes have in common.
+FEW = list(filter(is_one_of_few, ONE_OF_EACH))
+each_of_few = pytest.mark.parametrize(
+    "case", FEW, ids=lambda case: case.cls.__name__
+)
+few_quick = some_quick(ONE_OF_EACH, is_one_of_few)
 # Blocks with a mean square, its maximum, and a mean.
 by_statistics = pytest.mark.parametrize(
     "case",
@@ -440,18 +454,9 @@ MIXED_BLOCKING = kb.Blocking(
 
 @pytest.mark.filterwarnings("ignore:Names and shapes allow more than one")
 @pytest.mark.filterwarnings("ignore:The output layer is not known")
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(ONE_OF_EACH[0], id="BlockAdam"),
-        pytest.param(
-            ONE_OF_EACH[-1], id="BlockRMSprop", marks=pytest.mark.slow
-        ),
-    ],
-)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_schemes(case, scheme):
-    check_truth(case, tiles_of(scheme), blocking=scheme)
+def test_schemes(scheme):
+    check_truth(ONE_OF_EACH[0], tiles_of(scheme), blocking=scheme)
 
 
 @every_case
@@ -459,11 +464,20 @@ def test_cases(case):
     check_truth(case, MIXED, blocking=MIXED_BLOCKING)
 
 
-@each_full_class
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ONE_OF_EACH, ids=lambda case: case.cls.__name__
+)
+def test_compiled(case):
+    check_truth(
+        case, MIXED, wrap=eager, jit_compile=True, blocking=MIXED_BLOCKING
+    )
+
+
+@each_of_few
 @pytest.mark.parametrize(
     "wrap, jit_compile",
     [
-        pytest.param(eager, True, id="eager-jit", marks=pytest.mark.slow),
         pytest.param(eager, False, id="eager-plain"),
         pytest.param(graph, True, id="graph-jit", marks=pytest.mark.slow),
         pytest.param(
@@ -545,8 +559,16 @@ def test_float32(case):
 
 
 @each_full_class
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision(case, dtype):
+def test_bfloat16(case):
+    check_low_precision(case, "bfloat16")
+
+
+@each_of_few
+def test_float16(case):
+    check_low_precision(case, "float16")
+
+
+def check_low_precision(case, dtype):
     _, variables, truth = check_truth(
         case, MIXED, dtype, blocking=MIXED_BLOCKING
     )
@@ -562,7 +584,7 @@ def test_low_precision(case, dtype):
         assert moved > 0.01 or expected < 0.01
 
 
-@of_classes([case for case in ONE_OF_EACH if case.cls is not kb.BAG])
+@each_of_few
 @pytest.mark.parametrize(
     "dtype, momentum_dtype",
     [
@@ -597,7 +619,7 @@ def missing():
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@each_full_class
+@few_quick
 def test_missing_gradients(case):
     check_truth(case, MIXED, gradients=missing(), blocking=MIXED_BLOCKING)
 
@@ -617,7 +639,7 @@ def test_missing_gradients_compiled():
 @pytest.mark.parametrize(
     "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
 )
-@each_full_class
+@each_of_few
 def test_skip_nonfinite(case, jit_compile):
     """As if the steps with an infinity or a NaN had not been."""
     gradients = make_gradients(STEPS, {path: SHAPES[path] for path in MIXED})
@@ -718,7 +740,14 @@ def test_sgd_learning_rate(jit_compile, multipliers, momentum_dtype):
 
 
 @pytest.mark.filterwarnings("ignore:Names and shapes allow more than one")
-@pytest.mark.parametrize("scheme", ["coordinate", "output_unit", "none"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param("coordinate", marks=pytest.mark.slow),
+        "output_unit",
+        pytest.param("none", marks=pytest.mark.slow),
+    ],
+)
 def test_multipliers_compiled(scheme):
     check_truth(
         Case(kb.BAGM),

@@ -6,7 +6,7 @@ import pytest
 
 import keras_blockwise as kb
 from helpers.arrays import assert_close
-from helpers.cases import each_case
+from helpers.cases import each_class
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import tensors
@@ -51,7 +51,7 @@ def schedule():
     )
 
 
-@each_case
+@each_class
 def test_those_of_the_step_itself(case, monkeypatch):
     """Of the last step, whose rate is not that of the next."""
     taken = {}

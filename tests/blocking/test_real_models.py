@@ -68,8 +68,8 @@ TILES = {
         "variable": {"block1_conv1/kernel": ((3, 3, 3, 64), (3, 3, 3, 64))},
     },
 }
-SAVED = {"mobilenet": "filter", "convnext": "adam_mini", "vgg": "model"}
-each = pytest.mark.parametrize("name", APPLICATIONS)
+SAVED = {"mobilenet": "filter", "convnext": "adam_mini"}
+QUICK = ["mobilenet", "convnext"]
 
 
 def application(name):
@@ -84,7 +84,13 @@ def application(name):
     return keras.Model(base.input, outputs)
 
 
-@each
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in APPLICATIONS
+    ],
+)
 def test_partitions(name):
     model = application(name)
     check_partitions(model)
@@ -92,7 +98,7 @@ def test_partitions(name):
 
 
 @pytest.mark.slow
-@each
+@pytest.mark.parametrize("name", QUICK)
 def test_steps(name):
     check_steps(application(name))
 

@@ -8,10 +8,9 @@ import keras_blockwise as kb
 from helpers.arrays import assert_near
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
-from helpers.cases import LAST_OF_CLASS
+from helpers.cases import few_classes
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
-from helpers.cases import some_quick
 from helpers.cases import tensors
 
 # Some state is kept together and some is not; some variables have no like.
@@ -65,7 +64,7 @@ def train(make, parts=(PATHS,), dtype="float32", reverse=False):
     return to_numpy(variables.values())
 
 
-@some_quick(LAST_OF_CLASS)
+@few_classes
 @pytest.mark.usefixtures("same_noise")
 def test_each_has_the_step_that_it_would_have_alone(case):
     def make():

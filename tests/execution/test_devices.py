@@ -119,7 +119,9 @@ def test_skip_nonfinite(device_of, wrap, jit_compile):
 
 
 @each_way
-@pytest.mark.parametrize("skip_nonfinite", [True, False])
+@pytest.mark.parametrize(
+    "skip_nonfinite", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_a_step_in_the_scope_of_another_device(
     skip_nonfinite, wrap, jit_compile
 ):
@@ -183,9 +185,11 @@ def make_model(second):
     return keras.Model(inputs, outputs)
 
 
-@pytest.mark.parametrize("jit_compile", [True, False, "auto"])
-@pytest.mark.parametrize("skip_nonfinite", [True, False])
-def test_fit_of_layers_on_two_devices(skip_nonfinite, jit_compile):
+@pytest.mark.parametrize(
+    ("jit_compile", "skip_nonfinite"),
+    [(True, False), (False, True), ("auto", True)],
+)
+def test_fit_of_layers_on_two_devices(jit_compile, skip_nonfinite):
     x = np.random.default_rng(0).integers(0, 10, (32, 4))
     ends = []
     for second, own in ((SECOND, jit_compile), (FIRST, False)):

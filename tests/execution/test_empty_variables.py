@@ -10,6 +10,7 @@ from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
 from helpers.cases import SCHEMES
 from helpers.cases import each_class
+from helpers.cases import each_class_with
 from helpers.saving import own_variables
 from helpers.training import built
 from helpers.training import eager
@@ -27,7 +28,6 @@ FULL = {"dense_2/kernel": (4, 3), "dense_2/bias": (3,), "dense_1/bias": (5,)}
 MIXED = {**EMPTY, **FULL}
 # So many that small slots are kept together, empty ones between them.
 MANY = {f"d{i}/bias": (0,) if i % 3 == 1 else (2 + i,) for i in range(20)}
-each_wrap = pytest.mark.parametrize("wrap", [eager, graph], ids=["", "graph"])
 pytestmark = pytest.mark.filterwarnings("ignore:Names and shapes")
 
 
@@ -70,8 +70,7 @@ def test_schemes(scheme, jit_compile):
     assert_near(*ends)
 
 
-@each_wrap
-@each_class
+@each_class_with("wrap", [eager, graph])
 def test_optimizers(case, wrap):
     options = {"weight_decay": 0.1, "clipnorm": 1.0}
     ends = [

@@ -7,7 +7,7 @@ import pytest
 import keras_blockwise as kb
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
-from helpers.cases import each_class
+from helpers.cases import each_class_with
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import tensors
@@ -36,8 +36,7 @@ def ends(optimizer, floatx, dtype="float32", wrap=None):
     return to_numpy([*variables, *optimizer.variables])
 
 
-@pytest.mark.parametrize("floatx", FLOATX)
-@each_class
+@each_class_with("floatx", FLOATX)
 def test_between_eager_steps(case, floatx):
     actual = ends(case.make(0.1), floatx)
     assert_same(actual, ends(case.make(0.1), "float32"))

@@ -44,8 +44,9 @@ ROWS = [
     Case(kb.SPAM, {"blocking": "output_unit"}),
     Case(kb.AdaBlock, {"bounds": (8.0, 0.125)}),
 ]
-# The others are slow where they are compiled.
+# Where they are compiled.
 QUICK = [row for row in ROWS if row.cls is kb.BAGM]
+SLOW = [row for row in ROWS if row.cls in (kb.AdamMini, kb.BlockMuon)]
 COMPILED = ("function", "replicas")
 # The last cannot be squared in float32, so the state could not hold it.
 BAD_VALUES = [np.nan, np.inf, -np.inf, 1e30]
@@ -156,9 +157,7 @@ def test_leaves_no_trace(row, context, jit):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "row, context",
-    marked(
-        *((row, mode) for row in ROWS if row not in QUICK for mode in COMPILED)
-    ),
+    marked(*((row, mode) for row in SLOW for mode in COMPILED)),
     ids=lambda value: getattr(value, "id", value),
 )
 def test_leaves_no_trace_compiled(row, context):
@@ -268,9 +267,8 @@ MODES = {
     "row, mode",
     marked(
         *((ROWS[0], mode) for mode in MODES),
-        *((row, "graph") for row in ROWS[1:-1]),
-    )
-    + [pytest.param(ROWS[-1], "graph", marks=pytest.mark.slow)],
+        *((row, "graph") for row in ROWS if row.cls in (kb.BAGM, kb.BlockMuon)),
+    ),
     ids=lambda value: getattr(value, "id", value),
 )
 def test_fit(row, mode, tmp_path):

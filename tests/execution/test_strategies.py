@@ -46,7 +46,8 @@ def parameters():
     cases = [case for case in LAST_OF_CLASS if is_quick(case)]
     for strategy, case in itertools.product(STRATEGIES, cases):
         name, replicas = f"{strategy}-{case.id}", strategy == "two replicas"
-        marks = () if replicas else pytest.mark.slow
+        quick = replicas and case.cls is kb.BAGM
+        marks = () if quick else pytest.mark.slow
         yield pytest.param(strategy, case, True, id=name, marks=marks)
         if replicas:
             name += "-not compiled"

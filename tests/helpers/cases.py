@@ -133,8 +133,37 @@ def of_classes(cases):
 
 
 each_class = of_classes(LAST_OF_CLASS)
-# By default, the row of each class with the most state.
-each_case = some_quick(CASES, lambda c: c in LAST_OF_CLASS and is_default(c))
+# For what classes have in common: one with each kind of momentum, one in 8
+# bits, and one with matrices.
+FEW = [
+    case
+    for case in LAST_OF_CLASS
+    if case.cls in (kb.BlockAdam, kb.AdamMini, kb.BAGM, kb.BlockMuon)
+]
+few_classes = some_quick(FEW)
+
+
+def each_class_with(name, values):
+    """Every class with one value of a parameter, and two with the others.
+
+    What a value means is up to Keras, and the same for all classes.
+
+    Args:
+        name: The parameter.
+        values: Its values; every class has the first.
+    """
+    rows = [
+        pytest.param(
+            value,
+            case,
+            id=f"{case.cls.__name__}-{getattr(value, '__name__', value)}",
+            marks=marks_of(case, is_default),
+        )
+        for number, value in enumerate(values)
+        for case in LAST_OF_CLASS
+        if number == 0 or is_quick(case)
+    ]
+    return pytest.mark.parametrize(f"{name}, case", rows)
 
 
 OPTIMIZERS = [

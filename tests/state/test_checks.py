@@ -13,7 +13,7 @@ from helpers.arrays import refused
 from helpers.arrays import to_numpy
 from helpers.cases import BETAS
 from helpers.cases import CASES
-from helpers.cases import each_class
+from helpers.cases import each_class_with
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import tensors
@@ -59,8 +59,7 @@ def test_a_gradient_of_another_shape_before_build():
     assert not optimizer.built
 
 
-@pytest.mark.parametrize("shape", BROADCAST, ids=str)
-@each_class
+@each_class_with("shape", BROADCAST)
 def test_a_gradient_that_broadcasts(case, shape):
     ends = []
     shapes = {**KERNEL, "out/bias": (3,)}

@@ -13,10 +13,9 @@ import pytest
 import keras_blockwise as kb
 from helpers.arrays import assert_same
 from helpers.arrays import to_numpy
-from helpers.cases import LAST_OF_CLASS
-from helpers.cases import each_class
+from helpers.cases import each_class_with
+from helpers.cases import few_classes
 from helpers.cases import make_variables
-from helpers.cases import some_quick
 from helpers.saving import checkpoint_of
 from helpers.training import train_on_batch
 
@@ -161,11 +160,9 @@ def test_tf_checkpoint(tmp_path):
     assert_copies(tf_checkpoint, make(), tmp_path)
 
 
-@some_quick(LAST_OF_CLASS)
-def test_every_optimizer_as_h5(case, tmp_path):
-    # What has matrices is not kept together.
-    own = {"blocking": "coordinate"} if case.cls is kb.AdaBlock else {}
-    optimizer = case.make(name="optimizer", jit_compile=False, **own)
+@few_classes
+def test_as_h5(case, tmp_path):
+    optimizer = case.make(name="optimizer", jit_compile=False)
     assert_copies(FORMATS["h5"], optimizer, tmp_path)
 
 
@@ -195,8 +192,7 @@ def test_keras_loads_no_state_from_h5(copy, make_optimizer, tmp_path):
 
 # "layer" asks which layer each variable is of.
 @pytest.mark.filterwarnings("ignore:Names and shapes")
-@each_class
-@pytest.mark.parametrize("blocking", ["output_unit", "layer"])
+@each_class_with("blocking", ["output_unit", "layer"])
 def test_paths_are_unique(case, blocking):
     """Also where layers have one path, or paths are one with other slashes."""
     if case.cls is kb.AdaBlock:  # The blocks would be too large.

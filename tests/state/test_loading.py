@@ -185,8 +185,14 @@ def foreign_checkpoint(kind, folder, steps=2):
 
 @pytest.mark.tensorflow
 @pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("cls", [kb.BlockAdam, kb.BAGM, kb.BAG])
-@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize(
+    ("kind", "cls"),
+    [
+        *((kind, kb.BlockAdam) for kind in FOREIGN),
+        ("Adam", kb.BAGM),
+        ("SGD", kb.BAG),
+    ],
+)
 def test_tf_checkpoint_of_keras_before_build(kind, cls, steps, tmp_path):
     path = foreign_checkpoint(kind, tmp_path, steps)
     model = mlp()

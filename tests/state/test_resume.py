@@ -95,15 +95,20 @@ def test_resumes_more(setting, more_outcomes):
 
 def test_every_optimizer_is_here():
     assert {cls for cls, _ in worker.OPTIMIZERS.values()} == set(OPTIMIZERS)
-    assert {setting.optimizer for setting in DEFAULT} == {*worker.OPTIMIZERS}
+    assert {setting.optimizer for setting in SETTINGS} == {*worker.OPTIMIZERS}
 
 
 FULL = {"use_ema": True, "gradient_accumulation_steps": 2}
 
 
 @pytest.mark.tensorflow
-@pytest.mark.parametrize("built", [True, False], ids=["built", "unbuilt"])
-@pytest.mark.parametrize("name", [*worker.OPTIMIZERS, "Keras's Adam"])
+@pytest.mark.parametrize(
+    ("name", "built"),
+    [
+        *((name, True) for name in [*worker.OPTIMIZERS, "Keras's Adam"]),
+        *((name, False) for name in ["BlockAdam", "BAGM", "Keras's Adam"]),
+    ],
+)
 def test_tf_checkpoint_has_all_of_the_state(name, built, tmp_path):
     def make():
         if name == "Keras's Adam":

@@ -10,7 +10,7 @@ import keras_blockwise as kb
 from helpers.arrays import assert_same
 from helpers.arrays import refused
 from helpers.cases import LAST_OF_CLASS
-from helpers.cases import each_case
+from helpers.cases import each_class
 from helpers.cases import make_variables
 from helpers.models import mlp
 from helpers.models import normal
@@ -321,7 +321,7 @@ def test_state_of_other_variables_is_refused_whole(count):
         loading.load_own_variables(own_variables(stepped(kb.BAG(), shapes)))
 
 
-@each_case
+@each_class
 def test_state_that_fits_is_loaded_whole(case):
     kwargs = {"use_ema": True, "gradient_accumulation_steps": 2}
     saved, loading = stepped(case.make(**kwargs)), case.make(**kwargs)

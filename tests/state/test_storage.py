@@ -11,12 +11,11 @@ from helpers.arrays import assert_near
 from helpers.arrays import assert_same
 from helpers.arrays import refused
 from helpers.arrays import to_numpy
-from helpers.cases import LAST_OF_CLASS
-from helpers.cases import each_case
+from helpers.cases import each_class_with
+from helpers.cases import few_classes
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
-from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.models import normal
 from helpers.saving import own_variables
@@ -126,16 +125,7 @@ def assert_alike(build):
     return assert_alike
 
 
-@each_case
-@pytest.mark.parametrize(
-    "blocking",
-    [
-        MIXED,
-        pytest.param("layer", marks=pytest.mark.slow),
-        pytest.param("output_unit", marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@each_class_with("blocking", [MIXED, "layer", "output_unit"])
 def test_a_step_is_that_of_each_by_itself(assert_alike, case, blocking):
     if case.cls is kb.AdaBlock and blocking == "layer":
         blocking = "adablock"  # All matrices, of which none is kept together.
@@ -150,7 +140,7 @@ def test_any_number_together(assert_alike, together):
     assert_alike(together, kb.BlockAdam, amsgrad=True)
 
 
-@some_quick(LAST_OF_CLASS)
+@few_classes
 def test_compiled(build, case):
     results = [
         step_in_order(build(number, case.make, jit_compile=True))
@@ -159,13 +149,11 @@ def test_compiled(build, case):
     assert_near(*results, 2e-6)
 
 
-@some_quick(LAST_OF_CLASS)
+@few_classes
 def test_steps_on_some_of_the_variables(assert_alike, case, together):
     """In another order, and with one or none of those kept together."""
     orders = [[7, 2, 0], [1], list(range(8)), [3, 6, 5]]
-    # What has matrices is not kept together.
-    own = {"blocking": "coordinate"} if case.cls is kb.AdaBlock else {}
-    assert_alike(together, case.make, orders=orders, **own)
+    assert_alike(together, case.make, orders=orders)
 
 
 def test_what_has_no_step_stays_as_it_is(build):
@@ -206,7 +194,9 @@ def test_several_dtypes(assert_alike, together, momentum_dtype):
     )
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    "jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_a_step_that_is_not_finite_is_left_out(build, jit_compile):
     gradients = make_gradients(3, SHAPES)
     finite = [gradients[0], gradients[2]]
@@ -223,7 +213,7 @@ def test_a_step_that_is_not_finite_is_left_out(build, jit_compile):
 
 
 @pytest.mark.tensorflow
-@some_quick(LAST_OF_CLASS)
+@few_classes
 def test_replicas_with_data_of_their_own(build, case):
     strategy = two_replicas()
     steps, sums = replica_gradients(strategy, STEPS, SHAPES)
@@ -246,7 +236,7 @@ def test_replicas_with_data_of_their_own(build, case):
         np.testing.assert_allclose(values[0], other, 2e-6, 2e-6)
 
 
-@some_quick(LAST_OF_CLASS)
+@few_classes
 def test_a_saved_state_does_not_tell(build, case):
     """Each slot is saved by itself, so either loads what the other saved."""
     built = [

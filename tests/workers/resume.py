@@ -202,12 +202,6 @@ DEFAULT = [
     Setting("BlockNadam", "checkpoint", "eager", "accumulation"),
     Setting("BlockRMSprop", "weights", "eager", "mixed_float16"),
     Setting("SPAM", "backup", "eager", "ema"),
-    Setting("BCOS", "keras", "eager", "skip"),
-    Setting("BlockMuon", "keras", "eager"),
-    Setting("Adalayer", "keras", "eager"),
-    Setting("AdaBlock", "checkpoint", "eager"),
-    Setting("BAG", "weights", "eager"),
-    Setting("AdamMini", "model_checkpoint", "eager", "mixed_float16"),
     Setting("BAGM", "backup", "replicas", "ema"),
 ]
 WAYS = [("keras", "eager"), ("weights", "xla"), ("checkpoint", "replicas")]
@@ -223,23 +217,11 @@ EVERY = {
             OPTIONS, itertools.cycle(("weights", "backup"))
         )
     ),
-    *(
-        Setting("BlockAdam", "checkpoint", "replicas", option)
-        for option in OPTIONS
-        # Keras accumulates gradients on one device only.
-        if option != "accumulation"
-    ),
-    *(
-        Setting("BlockAdam", "checkpoint", "xla", option)
-        for option in ("accumulation", "skip")
-    ),
-    *(
-        Setting("BlockAdam", format, one, "plain", other)
-        for format, (one, other) in zip(
-            FORMATS,
-            itertools.cycle((("graph", "replicas"), ("replicas", "graph"))),
-        )
-    ),
+    # Keras accumulates gradients on one device only.
+    Setting("BlockAdam", "checkpoint", "replicas", "skip"),
+    Setting("BlockAdam", "checkpoint", "xla", "accumulation"),
+    Setting("BlockAdam", "keras", "graph", "plain", "replicas"),
+    Setting("BlockAdam", "checkpoint", "replicas", "plain", "graph"),
 }
 SETTINGS = [*DEFAULT, *sorted(EVERY - {*DEFAULT})]
 

@@ -44,11 +44,9 @@ BY_LAYER = {range(4, 40), range(4)}
 ALL = {range(40)}
 # Each compiles thrice: the class that needs the gradient once more is quick.
 DIFFERENT = [
-    case
-    for case in LAST_OF_CLASS
-    if case.cls in (kb.BAGM, kb.AdamMini, kb.BlockMuon)
+    case for case in LAST_OF_CLASS if case.cls in (kb.BAGM, kb.BlockMuon)
 ]
-one_quick = some_quick(DIFFERENT, lambda case: case.cls is kb.BAGM)
+one_quick = some_quick(DIFFERENT)
 
 
 def train_all(optimizer, wrap):
@@ -68,9 +66,8 @@ def test_two_calls_have_the_numbers_of_one(case, blocking):
     ]
     ends = train_all(one, eager), train_all(two, graph)
     assert indices_of_calls(one) == ALL
-    # Blocks of AdaBlock are never shared.
-    by_layer = blocking == "layer" and case.cls is not kb.AdaBlock
-    assert indices_of_calls(two) == (BY_LAYER if by_layer else BY_VARIABLE)
+    expected = BY_LAYER if blocking == "layer" else BY_VARIABLE
+    assert indices_of_calls(two) == expected
     assert_near(*ends)
 
 
@@ -124,12 +121,11 @@ def test_vectors_are_joined():
 
 
 @pytest.mark.slow
-@one_quick
-def test_the_same_numbers_eager_in_a_graph_and_compiled(case):
+def test_the_same_numbers_eager_in_a_graph_and_compiled():
     """The three ways in turn: in a graph, the gradients are others."""
     shapes = dict(list(SHAPES.items())[:28])
     plain, mixed = [
-        case.make(blocking="output_unit", jit_compile=True) for _ in range(2)
+        BAGM(blocking="output_unit", jit_compile=True) for _ in range(2)
     ]
     ends = []
     for optimizer in (plain, mixed):

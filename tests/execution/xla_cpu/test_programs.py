@@ -62,16 +62,16 @@ def test_a_narrow_momentum_needs_no_copy(cls, dtype):
 
 
 @pytest.mark.parametrize(
-    "scheme, shape",
+    "cls, scheme, shape",
     [
-        ("output_unit", (512, 512)),
-        ("input_unit", (512, 512)),
+        (BlockAdam, "output_unit", (512, 512)),
+        (BAGM, "output_unit", (512, 512)),
+        (BlockAdam, "input_unit", (512, 512)),
         # One group in a row, and one that no small number divides.
-        ("input_unit", (1024, 192)),
-        ("input_unit", (1024, 131)),
+        (BlockAdam, "input_unit", (1024, 192)),
+        (BlockAdam, "input_unit", (1024, 131)),
     ],
 )
-@pytest.mark.parametrize("cls", [BlockAdam, BAGM])
 def test_a_momentum_in_8_bits_is_nowhere_in_float32(cls, scheme, shape):
     optimizer = cls(momentum_dtype="int8", blocking=scheme)
     main = main_of(program_of(optimizer, shape, "abc"))

@@ -5,11 +5,9 @@ import pytest
 import tensorflow as tf
 
 from helpers.arrays import assert_close
-from helpers.cases import LAST_OF_CLASS
-from helpers.cases import SCHEMES
+from helpers.cases import few_classes
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
-from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.programs import compiled_functions
 from helpers.programs import has_loop
@@ -20,7 +18,6 @@ from helpers.replicas import two_replicas
 from helpers.training import falling
 from helpers.training import train
 from keras_blockwise import BAGM
-from keras_blockwise import AdaBlock
 from keras_blockwise.algorithm import rounding
 from keras_blockwise.execution.xla_cpu import rows
 from keras_blockwise.execution.xla_cpu.rows import Pass
@@ -64,14 +61,10 @@ def is_cut(short_rows, cut_from):
 
 
 @pytest.mark.parametrize("blocking", ["variable", "coordinate"])
-@some_quick(LAST_OF_CLASS)
+@few_classes
 def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
-    own = blocking
-    if case.cls is AdaBlock and blocking == "variable":  # Too large.
-        own = "adablock"
-
     def make(**kwargs):
-        return case.make(weight_decay=0.1, blocking=own, **kwargs)
+        return case.make(weight_decay=0.1, blocking=blocking, **kwargs)
 
     # Each coordinate takes steps of 0.1, with their rounding, also to zero.
     atol = 1e-8 if blocking == "coordinate" else 1e-9
@@ -91,8 +84,7 @@ def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
         "layer",
         *(
             pytest.param(scheme, marks=pytest.mark.slow)
-            for scheme in SCHEMES
-            if scheme not in ("output_unit", "layer")
+            for scheme in ("input_unit", "head", "model", "none")
         ),
     ],
 )
