@@ -94,15 +94,28 @@ def test_every_argument_has_a_row():
     assert set().union(*map(arguments_of, OPTIMIZERS)) <= rows | others
 
 
-@pytest.mark.parametrize(("cls", "name", "value"), given(VALUES))
-def test_before_build_it_takes_effect(cls, name, value):
+def assigned_and_passed(cls, name, value):
     assigned, passed = (
         cls(0.1, jit_compile=False),
         cls(0.1, jit_compile=False, **{name: value}),
     )
     setattr(assigned, name, value)
+    return assigned, passed
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), given(VALUES))
+def test_before_build_it_is_in_the_config(cls, name, value):
+    assigned, passed = assigned_and_passed(cls, name, value)
     configs = [{**o.get_config(), "name": ""} for o in (assigned, passed)]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    {name: (cls, name, value) for cls, name, value in given(VALUES)}.values(),
+)
+def test_before_build_it_takes_effect(cls, name, value):
+    assigned, passed = assigned_and_passed(cls, name, value)
     assert_same(ends_of(assigned), ends_of(passed))
 
 

@@ -152,7 +152,7 @@ def test_ema(case, frequency):
     assert_close(values(weights), averages)
 
 
-@each_class
+@few_classes
 def test_gradient_accumulation(case):
     weights, expected = make_weights(), make_weights()
     optimizer = make(case, gradient_accumulation_steps=3)

@@ -657,8 +657,7 @@ def test_skip_nonfinite(case, jit_compile):
     assert int(optimizer.skipped_steps) == 3
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("restart", [True, False])
+@pytest.mark.parametrize("restart, jit_compile", [(True, False), (False, True)])
 def test_spikes_and_resets(restart, jit_compile):
     """Three resets, and spikes before and after each."""
     arguments = {
@@ -718,14 +717,13 @@ def test_multipliers(case):
 PLAIN = {**MIXED, "dense/kernel": None, "query/bias": None}
 
 
-@pytest.mark.parametrize("momentum_dtype", [None, "float32"])
 @pytest.mark.parametrize("multipliers", [None, MULTIPLIERS])
 @pytest.mark.parametrize("jit_compile", [True, False])
-def test_sgd_learning_rate(jit_compile, multipliers, momentum_dtype):
+def test_sgd_learning_rate(jit_compile, multipliers):
     check_truth(
         Case(kb.Adalayer, {"sgd_learning_rate": (3.0, 0.5), "epsilon": 0.5}),
         PLAIN,
-        momentum_dtype=momentum_dtype,
+        momentum_dtype="float32",
         wrap=eager,
         jit_compile=jit_compile,
         decay=[0.5] * len(PLAIN),

@@ -29,8 +29,8 @@ SHAPES = {
 each_way = pytest.mark.parametrize(
     "wrap, jit_compile",
     [
-        (graph, True),
         (eager, False),
+        pytest.param(graph, True, marks=pytest.mark.slow),
         pytest.param(eager, True, marks=pytest.mark.slow),
         pytest.param(graph, False, marks=pytest.mark.slow),
     ],

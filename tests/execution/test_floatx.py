@@ -42,9 +42,8 @@ def test_between_eager_steps(case, floatx):
     assert_same(actual, ends(case.make(0.1), "float32"))
 
 
-@pytest.mark.parametrize("floatx", FLOATX)
-def test_between_compiled_steps(floatx):
-    actual = ends(kb.BlockAdam(0.1), floatx, wrap=graph)
+def test_between_compiled_steps():
+    actual = ends(kb.BlockAdam(0.1), "float16", wrap=graph)
     assert_same(actual, ends(kb.BlockAdam(0.1), "float32", wrap=graph))
 
 

@@ -155,7 +155,9 @@ def moved(dtype, **kwargs):
     return (1.0 - value.mean()) / rate
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_stochastic_rounding_of_weights(dtype):
     assert moved(dtype) == 0.0
     assert abs(moved(dtype, stochastic_rounding=True) - 100) < 20

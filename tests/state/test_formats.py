@@ -167,8 +167,10 @@ def test_as_h5(case, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The model is loaded without the state")
-@pytest.mark.parametrize("copy", [whole_model, callback])
-@pytest.mark.parametrize("make_optimizer", [keras.optimizers.Adam, make])
+@pytest.mark.parametrize(
+    ("copy", "make_optimizer"),
+    [(whole_model, keras.optimizers.Adam), (callback, make)],
+)
 def test_keras_loads_no_state_from_h5(copy, make_optimizer, tmp_path):
     """It builds the optimizer for a model without variables.
 

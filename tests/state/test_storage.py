@@ -11,7 +11,6 @@ from helpers.arrays import assert_near
 from helpers.arrays import assert_same
 from helpers.arrays import refused
 from helpers.arrays import to_numpy
-from helpers.cases import each_class_with
 from helpers.cases import few_classes
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
@@ -125,10 +124,9 @@ def assert_alike(build):
     return assert_alike
 
 
-@each_class_with("blocking", [MIXED, "layer", "output_unit"])
+@pytest.mark.parametrize("blocking", [MIXED, "layer"], ids=str)
+@few_classes
 def test_a_step_is_that_of_each_by_itself(assert_alike, case, blocking):
-    if case.cls is kb.AdaBlock and blocking == "layer":
-        blocking = "adablock"  # All matrices, of which none is kept together.
     assert_alike(2, case.make, blocking=blocking)
 
 

@@ -12,7 +12,6 @@ from helpers.cases import LAST_OF_CLASS
 from helpers.cases import make_gradients
 from helpers.cases import make_variables
 from helpers.cases import slots_of
-from helpers.cases import some_quick
 from helpers.cases import tensors
 from helpers.programs import compiled_functions
 from helpers.programs import indices_of_calls
@@ -42,11 +41,12 @@ STEPS = 3
 BY_VARIABLE = {range(3, 40), range(3)}
 BY_LAYER = {range(4, 40), range(4)}
 ALL = {range(40)}
-# Each compiles thrice: the class that needs the gradient once more is quick.
-DIFFERENT = [
-    case for case in LAST_OF_CLASS if case.cls in (kb.BAGM, kb.BlockMuon)
-]
-one_quick = some_quick(DIFFERENT)
+# One with rows, and one with matrices.
+different = pytest.mark.parametrize(
+    "case",
+    [case for case in LAST_OF_CLASS if case.cls in (kb.BAGM, kb.BlockMuon)],
+    ids=lambda case: case.cls.__name__,
+)
 
 
 def train_all(optimizer, wrap):
@@ -55,10 +55,9 @@ def train_all(optimizer, wrap):
     return train(optimizer, make_variables(SHAPES), gradients, wrap, falling)
 
 
-@pytest.mark.parametrize(
-    "blocking", ["output_unit", pytest.param("layer", marks=pytest.mark.slow)]
-)
-@one_quick
+@pytest.mark.slow
+@pytest.mark.parametrize("blocking", ["output_unit", "layer"])
+@different
 def test_two_calls_have_the_numbers_of_one(case, blocking):
     one, two = [
         case.make(blocking=blocking, weight_decay=0.1, jit_compile=True)
@@ -84,31 +83,36 @@ def test_two_calls_with_the_options_of_keras():
     assert indices_of_calls(two) == BY_VARIABLE
 
 
+def trace(optimizer, shapes, **kwargs):
+    """The graph of a step, which is not run."""
+    optimizer.build(make_variables(shapes))
+    apply = tf.function(optimizer.apply, autograph=False, **kwargs)
+    gradients = [tf.TensorSpec(shape) for shape in shapes.values()]
+    return apply.get_concrete_function(gradients).graph
+
+
 def test_one_call_on_the_plain_path():
     assert PlainKernels().calls(range(40)) == [slice(None)]
 
 
 def test_one_call_if_all_share_an_accumulator():
     optimizer = BAGM(blocking="model")
-    train_all(optimizer, graph)
+    trace(optimizer, SHAPES)
     assert indices_of_calls(optimizer) == ALL
 
 
 def test_one_call_if_all_gradients_are_needed():
     optimizer = BAGM(skip_nonfinite=True)
-    train_all(optimizer, graph)
+    trace(optimizer, SHAPES)
     assert indices_of_calls(optimizer) == ALL
 
 
 def joined(optimizer, count, size=5):
     """How many gradients are joined by each operation of a graph."""
-    optimizer.build(make_variables({f"v{i}": (size,) for i in range(count)}))
-    function = tf.function(optimizer.apply, autograph=False)
-    vectors = [tf.TensorSpec((size,))] * count
-    operations = function.get_concrete_function(vectors).graph.get_operations()
+    graph = trace(optimizer, {f"v{i}": (size,) for i in range(count)})
     return [
         len(op.inputs) - 1
-        for op in operations
+        for op in graph.get_operations()
         if op.type == "ConcatV2" and op.inputs[0].op.type == "Placeholder"
     ]
 
@@ -145,11 +149,7 @@ def test_the_same_numbers_eager_in_a_graph_and_compiled():
 
 def test_one_call_if_the_caller_compiles():
     optimizer = kb.BAGM()
-    variables = make_variables(SHAPES)
-    optimizer.build(variables)
-    (gradients,) = make_gradients(1, SHAPES)
-    apply = tf.function(optimizer.apply, jit_compile=True, autograph=False)
-    apply(tensors(gradients))
+    trace(optimizer, SHAPES, jit_compile=True)
     assert indices_of_calls(optimizer) == ALL
 
 
@@ -167,10 +167,7 @@ def test_one_call_without_xla(monkeypatch):
 )
 def test_few_variables_take_one_call(count, expected):
     optimizer = BAGM(blocking="variable")
-    shapes = dict(list(SHAPES.items())[:count])
-    optimizer.build(make_variables(shapes))
-    (gradients,) = make_gradients(1, shapes)
-    tf.function(optimizer.apply, autograph=False)(tensors(gradients))
+    trace(optimizer, dict(list(SHAPES.items())[:count]))
     assert indices_of_calls(optimizer) == expected
 
 

@@ -30,8 +30,11 @@ def test_rows_are_written_in_place(scheme, short_rows):
     assert large == ["fusion"] * 4  # Two kernels, and the momentum of each.
 
 
-@pytest.mark.parametrize("count", [3, 16], ids=["alone", "together"])
-@pytest.mark.parametrize("scheme", ["variable", "output_unit"])
+@pytest.mark.parametrize(
+    "scheme, count",
+    [("variable", 3), ("output_unit", 16)],
+    ids=["alone", "together"],
+)
 def test_a_sum_stands_next_to_the_momentum(scheme, count):
     """In the order of the program, the gradient is still in the cache."""
     layers = [f"dense_{i}" for i in range(count)]
@@ -64,7 +67,6 @@ def test_a_narrow_momentum_needs_no_copy(cls, dtype):
 @pytest.mark.parametrize(
     "cls, scheme, shape",
     [
-        (BlockAdam, "output_unit", (512, 512)),
         (BAGM, "output_unit", (512, 512)),
         (BlockAdam, "input_unit", (512, 512)),
         # One group in a row, and one that no small number divides.

@@ -76,17 +76,9 @@ def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
     )
 
 
-@pytest.mark.filterwarnings("ignore:The output layer is not known")
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "scheme",
-    [
-        "output_unit",
-        "layer",
-        *(
-            pytest.param(scheme, marks=pytest.mark.slow)
-            for scheme in ("input_unit", "head", "model", "none")
-        ),
-    ],
+    "scheme", ["output_unit", "input_unit", "layer", "model", "none"]
 )
 def test_rows_of_every_scheme(scheme, is_cut):
     def make(**kwargs):
@@ -95,8 +87,9 @@ def test_rows_of_every_scheme(scheme, is_cut):
     assert is_cut(make)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("stored", ["momentum", "weights"])
+@pytest.mark.parametrize(
+    "stored, dtype", [("momentum", "bfloat16"), ("weights", "float16")]
+)
 def test_no_rows_of_16_bits(stored, dtype, is_cut):
     """XLA would copy all of a variable to write one of its rows."""
     momentum_dtype, weight_dtype = {
