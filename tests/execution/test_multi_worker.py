@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 import tensorflow as tf
 
-from helpers.cases import LAST_OF_CLASS
+from helpers.cases import FEW
 from helpers.processes import ROOT
 from helpers.processes import TESTS
 from helpers.strategies import assert_same_fit
@@ -55,7 +55,7 @@ def workers(tmp_path_factory):
     return [pickle.loads(path.read_bytes()) for path in paths]
 
 
-@pytest.mark.parametrize("case", LAST_OF_CLASS, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.id)
 def test_equals_one_device(workers, case):
     (first, *_), *others = workers
     check_one_device(first[case.id], case, 1)
