@@ -112,6 +112,7 @@ def test_before_build_it_is_in_the_config(cls, name, value):
 
 @pytest.mark.parametrize(
     ("cls", "name", "value"),
+    # One class for each argument.
     {name: (cls, name, value) for cls, name, value in given(VALUES)}.values(),
 )
 def test_before_build_it_takes_effect(cls, name, value):

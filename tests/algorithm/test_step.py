@@ -411,19 +411,17 @@ ONE_OF_EACH = [
     Case(kb.BlockRMSprop, {"centered": True, "momentum": 0.5}),
 ]
 each_full_class = of_classes(ONE_OF_EACH)
-
-
-def is_one_of_few(case):
-    """One with each kind of momentum, and one with matrices."""
-    return case.cls in (kb.BlockAdam, kb.BAGM, kb.BlockMuon)
-
-
-# Of what classes have in common.
-FEW = list(filter(is_one_of_few, ONE_OF_EACH))
+# For what classes have in common: one with each kind of momentum, and one with
+# matrices.
+FEW = [
+    case
+    for case in ONE_OF_EACH
+    if case.cls in (kb.BlockAdam, kb.BAGM, kb.BlockMuon)
+]
 each_of_few = pytest.mark.parametrize(
     "case", FEW, ids=lambda case: case.cls.__name__
 )
-few_quick = some_quick(ONE_OF_EACH, is_one_of_few)
+few_quick = some_quick(ONE_OF_EACH, FEW.__contains__)
 # Blocks with a mean square, its maximum, and a mean.
 by_statistics = pytest.mark.parametrize(
     "case",

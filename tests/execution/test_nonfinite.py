@@ -44,7 +44,7 @@ ROWS = [
     Case(kb.SPAM, {"blocking": "output_unit"}),
     Case(kb.AdaBlock, {"bounds": (8.0, 0.125)}),
 ]
-# Where they are compiled.
+# Those that are compiled, by default and else.
 QUICK = [row for row in ROWS if row.cls is kb.BAGM]
 SLOW = [row for row in ROWS if row.cls in (kb.AdamMini, kb.BlockMuon)]
 COMPILED = ("function", "replicas")

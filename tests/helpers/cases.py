@@ -146,12 +146,14 @@ few_classes = some_quick(FEW)
 def each_class_with(name, values):
     """Every class with one value of a parameter, and two with the others.
 
-    What a value means is up to Keras, and the same for all classes.
+    What a value means is the same for all classes.
 
     Args:
         name: The parameter.
         values: Its values; every class has the first.
     """
+    first, *others = values
+    quick = list(filter(is_quick, LAST_OF_CLASS))
     rows = [
         pytest.param(
             value,
@@ -159,9 +161,11 @@ def each_class_with(name, values):
             id=f"{case.cls.__name__}-{getattr(value, '__name__', value)}",
             marks=marks_of(case, is_default),
         )
-        for number, value in enumerate(values)
-        for case in LAST_OF_CLASS
-        if number == 0 or is_quick(case)
+        for value, cases in [
+            (first, LAST_OF_CLASS),
+            *((v, quick) for v in others),
+        ]
+        for case in cases
     ]
     return pytest.mark.parametrize(f"{name}, case", rows)
 

@@ -89,11 +89,11 @@ def train_replicas(
     return results
 
 
-def check_replicas(strategy, make, shapes=SHAPES, tolerance=1e-6, **kwargs):
+def check_replicas(strategy, make, shapes=SHAPES, **kwargs):
     """Against one device, on the sums and without XLA."""
     replicas, sums = replica_gradients(strategy, shapes=shapes)
     actual = train_replicas(strategy, make, replicas, shapes=shapes, **kwargs)
-    assert_near(actual, train_plain(make, sums, shapes), tolerance)
+    assert_near(actual, train_plain(make, sums, shapes), 1e-6)
 
 
 def train_plain(make, gradients, shapes=SHAPES):

@@ -264,7 +264,7 @@ def test_tf_checkpoint_from_before_the_first_step(tmp_path):
 
 
 @each_format
-@pytest.mark.parametrize("kind", list(MISFITS)[:1])
+@pytest.mark.parametrize("kind", MISFITS)
 def test_with_mixed_precision(kind, format, tmp_path):
     """Keras scales the loss then, and loads the state once more by position.
 

@@ -109,10 +109,10 @@ def test_one_call_if_all_gradients_are_needed():
 
 def joined(optimizer, count, size=5):
     """How many gradients are joined by each operation of a graph."""
-    graph = trace(optimizer, {f"v{i}": (size,) for i in range(count)})
+    shapes = {f"v{i}": (size,) for i in range(count)}
     return [
         len(op.inputs) - 1
-        for op in graph.get_operations()
+        for op in trace(optimizer, shapes).get_operations()
         if op.type == "ConcatV2" and op.inputs[0].op.type == "Placeholder"
     ]
 

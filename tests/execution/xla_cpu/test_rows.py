@@ -80,7 +80,7 @@ def test_rows_have_the_numbers_of_the_whole(case, blocking, is_cut):
 @pytest.mark.parametrize(
     "scheme", ["output_unit", "input_unit", "layer", "model", "none"]
 )
-def test_rows_of_every_scheme(scheme, is_cut):
+def test_rows_of_other_blocks(scheme, is_cut):
     def make(**kwargs):
         return BAGM(blocking=scheme, **kwargs)
 
