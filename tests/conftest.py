@@ -13,7 +13,7 @@ import keras
 import pytest
 
 from helpers import devices
-from keras_blockwise.algorithm.rounding import random_numbers
+from keras_blockwise.algorithm.rounding import seeds
 from keras_blockwise.state import storage
 
 devices.set_up()
@@ -52,6 +52,6 @@ def same_noise(monkeypatch):
     """
     monkeypatch.setattr(
         storage,
-        "random_numbers",
-        lambda iterations, number, shape: random_numbers(iterations, 0, shape),
+        "seeds",
+        lambda iterations, number, shape: seeds(iterations, 0, shape),
     )

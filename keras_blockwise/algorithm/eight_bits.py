@@ -17,7 +17,9 @@ import numpy as np
 from keras import ops
 
 from keras_blockwise.algorithm.blocks import reshape
+from keras_blockwise.algorithm.rounding import NEAREST
 from keras_blockwise.algorithm.rounding import UNIT
+from keras_blockwise.algorithm.rounding import drawn
 from keras_blockwise.algorithm.rounding import nearest
 from keras_blockwise.algorithm.rounding import rounded
 from keras_blockwise.blocking.partition import Partition
@@ -82,6 +84,11 @@ class Groups:
         """One scale per group."""
         return self._with(self.count)
 
+    @property
+    def width(self) -> int:
+        """How far apart the entries of a group are."""
+        return math.prod(self.view[self.axis + 1 :])
+
     def _with(self, *sizes: int) -> Shape:
         """The view, with these sizes instead of that of the axis."""
         before, after = self.view[: self.axis], self.view[self.axis + 1 :]
@@ -111,6 +118,16 @@ class Groups:
         spread = ops.broadcast_to(values, self._with(self.count, self.size))
         return reshape(spread, self.shape)
 
+    def of_row(self, shape: Shape) -> "Groups":
+        """The groups of a row: of entries in a row that have whole ones.
+
+        Args:
+            shape: Shape of the row.
+        """
+        after = self.view[self.axis + 1 :]
+        n = math.prod(shape) // math.prod(after)
+        return Groups(shape, (n, *after), 0, self.size)
+
 
 def saves_memory(partition: Partition, item_size: int) -> bool:
     """Whether 8 bits take less than numbers of `item_size` bytes."""
@@ -131,11 +148,14 @@ class Encoding(NamedTuple):
 
     Args:
         groups: Its groups.
-        noise: What decides between two codes, as in `rounded`.
+        seeds: What decides between two codes, as in `rounding`; without them,
+            it is the nearest one.
+        kept: The codes and scales before the step.
     """
 
     groups: Groups
-    noise: Callable[[], Tensor]
+    seeds: tuple[Tensor, ...] = ()
+    kept: tuple[Tensor, ...] = ()
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The codes, as int8, and the scales, as float32.
@@ -143,26 +163,44 @@ class Encoding(NamedTuple):
         Args:
             x: Tensor of the shape of the variable, or of a reshape.
         """
-        return self.encode_by(largest_of(x, self.groups), x)
+        largest = largest_of(x, self.groups)
+        return self.codes(x, factors(largest)), scales(largest)
 
-    def encode_by(
+    def codes(
         self,
-        largest: Tensor,
         x: Tensor,
+        factors: Tensor,
         nearest: Callable[[Tensor], Tensor] = nearest,
-    ) -> tuple[Tensor, Tensor]:
-        """As `encode`, where `largest_of(x, groups)` is known.
+    ) -> Tensor:
+        """The codes, as int8.
 
         Args:
-            largest: The largest absolute values.
             x: As in `encode`.
+            factors: What `factors` returns of the largest values of `x`.
             nearest: As in `rounded`, of numbers below 2^22.
         """
         x = reshape(ops.cast(x, "float32"), self.groups.shape)
-        largest = ops.maximum(ops.cast(largest, "float32"), TINY)
-        x = x * self.groups.spread(BELOW_MOST * UNIT / largest)
-        codes = rounded(x, self.noise(), nearest)
-        return ops.cast(codes, "int8"), largest / MOST
+        noise = drawn(*self.seeds) if self.seeds else NEAREST
+        x = x * self.groups.spread(factors)
+        return ops.cast(rounded(x, noise, nearest), "int8")
+
+
+def factors(largest: Tensor) -> Tensor:
+    """What the numbers of each group are multiplied with, to be rounded.
+
+    Args:
+        largest: The largest absolute value of each group.
+    """
+    return BELOW_MOST * UNIT / at_least_tiny(largest)
+
+
+def scales(largest: Tensor) -> Tensor:
+    """The scale of each group, as float32, by its largest absolute value."""
+    return at_least_tiny(largest) / MOST
+
+
+def at_least_tiny(largest: Tensor) -> Tensor:
+    return ops.maximum(ops.cast(largest, "float32"), TINY)
 
 
 def decode(codes: Tensor, scales: Tensor, groups: Groups) -> Tensor:

@@ -84,20 +84,43 @@ def random_numbers(
         shape: Their shape.
         purpose: `MOMENTUM` or `WEIGHT`.
     """
+    return ops.reshape(
+        drawn(*seeds(iterations, variable, shape, purpose)), shape
+    )
+
+
+def seeds(
+    iterations: Tensor,
+    variable: int | np.ndarray,
+    shape: Shape,
+    purpose: int = MOMENTUM,
+) -> tuple[Tensor, Tensor]:
+    """What numbers are drawn from: one for each row, and one for each column.
+
+    A compiler keeps in memory what is constant, so not one for each entry.
+    They broadcast to the shape, of rank 1 at least.
+
+    Args:
+        iterations: As in `random_numbers`, like the others.
+    """
     step = mixed(ops.cast(iterations, "int32"))
     stream = 2 * np.asarray(variable, np.int32) + np.int32(purpose)
     key = mixed(ops.bitwise_xor(step, ops.convert_to_tensor(stream, "int32")))
     if stream.ndim:
         key = ops.reshape(key, shape)
-    # A number for each row and for each column, since a compiler keeps in
-    # memory what is constant.
     *rows, n = shape or (1,)
-    column = mixed(ops.arange(n, dtype="int32"))
     row = mixed(-1 - ops.arange(math.prod(rows), dtype="int32"))
-    column = ops.bitwise_xor(column, key)
-    numbers = ops.bitwise_xor(ops.reshape(row, (*rows, 1)), column)
+    column = ops.reshape(
+        mixed(ops.arange(n, dtype="int32")), [1] * len(rows) + [n]
+    )
+    return ops.reshape(row, (*rows, 1)), ops.bitwise_xor(column, key)
+
+
+def drawn(row: Tensor, column: Tensor) -> Tensor:
+    """The random numbers of these rows and columns, of `seeds`."""
+    numbers = ops.bitwise_xor(row, column)
     # The high bits of the product depend on all bits.
-    return ops.reshape(shifted(numbers * FACTORS[0], 32 - BITS), shape)
+    return shifted(numbers * FACTORS[0], 32 - BITS)
 
 
 def mixed(x: Tensor) -> Tensor:

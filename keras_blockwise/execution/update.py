@@ -79,7 +79,7 @@ def update(
             for part, value in zip(unit.statistics[i], new, strict=True):
                 write(part, value)
             for part, value in zip(unit.momentum[i], momentum, strict=True):
-                encoding = part.encoding(iterations)
+                encoding = part.encoding(read, iterations)
                 kept = encoding.encode(value) if encoding else (value,)
                 write(part, *kept)
     return taken
@@ -105,7 +105,7 @@ def values_of(batch: Batch, read: Read, iterations: Tensor) -> Batch:
         momentum = tuple(part.value(read) for part in unit.momentum)
         encoding = None
         if unit.momentum:
-            encoding = unit.momentum[0].encoding(iterations)
+            encoding = unit.momentum[0].encoding(read, iterations)
         weights.append(
             unit._replace(variables=(w,), momentum=momentum, encoding=encoding)
         )

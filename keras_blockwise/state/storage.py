@@ -10,7 +10,6 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 from typing import NamedTuple
 
@@ -22,8 +21,7 @@ from keras_blockwise.algorithm.blocks import reshape
 from keras_blockwise.algorithm.eight_bits import Encoding
 from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.algorithm.eight_bits import decode
-from keras_blockwise.algorithm.rounding import NEAREST
-from keras_blockwise.algorithm.rounding import random_numbers
+from keras_blockwise.algorithm.rounding import seeds
 from keras_blockwise.algorithm.rule import Rule
 from keras_blockwise.algorithm.units import Accumulators
 from keras_blockwise.algorithm.units import Batch
@@ -76,7 +74,7 @@ class Part(NamedTuple):
         value = read(self.variable)
         return value if self.index is None else ops.take(value, self.index)
 
-    def encoding(self, iterations: Tensor) -> None:
+    def encoding(self, read: Read, iterations: Tensor) -> None:
         """Nothing: the numbers are kept as they are."""
 
     def write(
@@ -115,11 +113,12 @@ class EncodedPart(NamedTuple):
     def value(self, read: Read) -> Tensor:
         return decode(read(self.codes), read(self.scales), self.groups)
 
-    def encoding(self, iterations: Tensor) -> Encoding:
+    def encoding(self, read: Read, iterations: Tensor) -> Encoding:
         """How they are kept in a step."""
-        shape = self.groups.shape
         return Encoding(
-            self.groups, partial(random_numbers, iterations, self.number, shape)
+            self.groups,
+            seeds(iterations, self.number, self.groups.shape),
+            (read(self.codes), read(self.scales)),
         )
 
     def write(
@@ -131,6 +130,7 @@ class EncodedPart(NamedTuple):
     ) -> None:
         """Keeps codes and scales; those before, if the step was left out."""
         for variable, value in zip((self.codes, self.scales), values):
+            value = reshape(value, variable.shape)
             if taken is not True:
                 value = ops.where(taken, value, read(variable))
             assign(variable, value)
@@ -446,8 +446,7 @@ def assign_by_weight(
     }
     for codes, scale, groups in encoded_slots(state):
         m = ops.convert_to_tensor(new[codes], "float32")
-        to_nearest = Encoding(groups, lambda: NEAREST)
-        encoded = to_nearest.encode(m)
+        encoded = Encoding(groups).encode(m)
         new[codes], new[scale] = map(ops.convert_to_numpy, encoded)
     state.assign([new[slot] for slot in state.slots])
 

@@ -10,8 +10,7 @@ from keras_blockwise.algorithm.eight_bits import Encoding
 from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.algorithm.eight_bits import decode
 from keras_blockwise.algorithm.eight_bits import saves_memory
-from keras_blockwise.algorithm.rounding import NEAREST
-from keras_blockwise.algorithm.rounding import random_numbers
+from keras_blockwise.algorithm.rounding import seeds
 from keras_blockwise.blocking.partition import Partition
 
 # Shape and block, and the size of a group and the shape of the scales.
@@ -45,10 +44,8 @@ def numbers(groups, seed=0):
     return np.float32(x).reshape(groups.shape)
 
 
-def encode(x, groups, noise=NEAREST):
-    x = ops.convert_to_tensor(x)
-    encoding = Encoding(groups, lambda: noise)
-    return encoding.encode(x)
+def encode(x, groups, *encoding):
+    return Encoding(groups, *encoding).encode(ops.convert_to_tensor(x))
 
 
 def of_entries(values, groups):
@@ -105,6 +102,26 @@ def test_a_scale_is_that_of_neighbours_in_a_block(name):
     assert len(np.unique(partition.blocks[changed])) == 1
 
 
+@pytest.mark.parametrize(
+    "name, rows, shape",
+    [
+        ("output units", 3, (1, 256, 10)),
+        ("rows", 5, (1, 2, 768)),
+        ("filters", 3, (192, 5)),
+        ("heads", 2, (1, 256, 4, 64)),
+        ("one block", 1, (1, 30, 20)),
+    ],
+)
+def test_rows_are_encoded_as_the_whole(name, rows, shape):
+    groups = groups_of(name)
+    x = numbers(groups)
+    of_row = groups.of_row(shape)
+    encoded = [encode(row, of_row) for row in x.reshape(rows, *shape)]
+    for received, expected in zip(zip(*encoded), encode(x, groups)):
+        received = np.concatenate([to_numpy(row).ravel() for row in received])
+        np.testing.assert_array_equal(received, to_numpy(expected).ravel())
+
+
 def test_rounding_is_right_on_average():
     groups = Groups.of(Partition((64, 3), (64, 1)))
     x = numbers(groups)
@@ -112,8 +129,8 @@ def test_rounding_is_right_on_average():
     steps = 100
     for step in range(steps):
         step = ops.convert_to_tensor(step, "int32")
-        noise = random_numbers(step, 0, groups.shape)
-        total += to_numpy(decode(*encode(x, groups, noise), groups))
+        encoded = encode(x, groups, seeds(step, 0, groups.shape))
+        total += to_numpy(decode(*encoded, groups))
     units = of_entries(encode(x, groups)[1], groups)
     assert (np.abs(total / steps - x) < 0.2 * units).all()
 

@@ -12,19 +12,22 @@ sums read along with momenta     ResNet-50, BlockAdam: 0.66    benchmarks.step
 `sums.read_along`                of Adam's step, else 0.80
 variables row by row, several    GPT-2, BAGM: 0.65 to 0.69 of  benchmarks.step
 at once, `rows.LARGE`            Adam's step, whole 0.84
+the same with 8 bits,            GPT-2: 0.98 to 1.13 of the    benchmarks.step
+`rows.LONGEST_OF_GROUPS`         step with 32 bits, whole      (`int8`)
+                                 1.31 to 1.34
 blocks of one entry within the   1024 x 1024 by entry, BAGM:   benchmarks.step
-pass over them, `rows.run`       1.9 of Adam's step, else 4.6  (`coordinate`)
+pass over them, `passes.run`     1.9 of Adam's step, else 4.6  (`coordinate`)
 momentum of 16 bits in place,    no copy of the momentum       benchmarks.memory
-`rows.new_values_in_place`
+`passes.new_values_in_place`
 momentum of 8 bits made thrice,  ResNet-50: a peak of 0.084    benchmarks.memory
 for two variables at once,       of the parameters; for all
-`rows.AT_ONCE`                   at once 0.25
+`encoded.AT_ONCE`                at once 0.25
 its largest in parts of 4,       ResNet-50: 0.91 to 0.93 of    benchmarks.step
 `sums.COMPARED`                  Adam's step, else (16) 1.3    (`int8`)
 of neighbours in parts of 8,     GPT-2: a peak of 0.046 of     benchmarks.memory
 `sums.NEIGHBOURS_COMPARED`       the parameters, else 0.084
 integers without their limits,   ResNet-50: 0.91 to 0.93 of    benchmarks.step
-`rows.nearest`                   Adam's step, else 1.02 to     (`int8`)
+`encoded.nearest`                Adam's step, else 1.02 to     (`int8`)
                                  1.06
 all but a few variables before   `model.fit`, compiled, 0.96    benchmarks.fit
 the last gradient, and short     to 0.98 of Adam's step, else  (with `LARGE = 0`
@@ -48,7 +51,7 @@ from keras_blockwise.algorithm.units import EntryUpdate
 from keras_blockwise.blocking.partition import Partition
 from keras_blockwise.execution.plain import PlainKernels
 from keras_blockwise.execution.xla_cpu import calls
-from keras_blockwise.execution.xla_cpu import rows
+from keras_blockwise.execution.xla_cpu import passes
 from keras_blockwise.execution.xla_cpu import sums
 
 Tensor = Any
@@ -84,7 +87,7 @@ class XlaCpuKernels(PlainKernels):
         self, blocks: Sequence[BlockUpdate], entries: Sequence[EntryUpdate]
     ) -> tuple[list[Tensors], Any]:
         cores = tf.config.threading.get_intra_op_parallelism_threads()
-        return rows.run(blocks, entries, cores or os.cpu_count() or 1)
+        return passes.run(blocks, entries, cores or os.cpu_count() or 1)
 
     def calls(self, accumulators: Sequence[Any]) -> list[slice]:
         # Backwards, as gradients are made.

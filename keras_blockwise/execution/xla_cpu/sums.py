@@ -83,20 +83,38 @@ def block_sum(x: Tensor, p: Partition) -> Tensor:
 
 
 def largest_of(x: Tensor, groups: Groups) -> Tensor:
-    """As in `eight_bits`. Of few terms, XLA computes what it compares.
+    """As in `eight_bits`. Of few terms, XLA computes what it compares."""
+    n = groups.size
+    most = min(n, NEIGHBOURS_COMPARED if groups.width == 1 else COMPARED)
+    terms = next((k for k in range(most, most // 2, -1) if n % k == 0), most)
+    return largest_of_parts(largest_in_parts(x, groups, terms), groups)
+
+
+def largest_in_parts(x: Tensor, groups: Groups, terms: int) -> Tensor:
+    """The largest absolute values of so many entries each, in each group."""
+    before, after = axes_of_parts(groups, terms)
+    width = groups.width
+    x = reshape(groups.cut(ops.abs(x)), (-1, groups.size * width))
+    x = ops.pad(x, ((0, 0), (0, -groups.size % terms * width)))
+    x = reshape(x, (*before, terms, *after))
+    return materialize(ops.max(x, axis=len(before)))
+
+
+def axes_of_parts(groups: Groups, terms: int) -> tuple[list[int], list[int]]:
+    """The axes before that of the terms, and those after it.
 
     Without axes of one entry, for which XLA would write all of it to memory.
     """
-    x = groups.cut(ops.abs(x))
-    *before, n = x.shape[: groups.axis + 2]
-    rows, width = math.prod(before), math.prod(x.shape[groups.axis + 2 :])
-    most = min(n, NEIGHBOURS_COMPARED if width == 1 else COMPARED)
-    terms = next((k for k in range(most, most // 2, -1) if n % k == 0), most)
-    x = reshape(x, (rows, n * width))
-    x = ops.pad(x, ((0, 0), (0, -n % terms * width)))
-    largest = ops.max(reshape(x, (rows, terms, -1)), axis=1)
-    largest = reshape(materialize(largest), (rows, -1, width))
-    return reshape(ops.max(largest, axis=1), groups.scale_shape)
+    count = math.prod(groups.scale_shape) // groups.width
+    after = -(-groups.size // terms), groups.width
+    return [n for n in (count,) if n > 1], [n for n in after if n > 1]
+
+
+def largest_of_parts(parts: Tensor, groups: Groups) -> Tensor:
+    """The largest of each group, by what `largest_in_parts` returns."""
+    count = math.prod(groups.scale_shape) // groups.width
+    parts = reshape(parts, (count, -1, groups.width))
+    return reshape(ops.max(parts, axis=1), groups.scale_shape)
 
 
 def row_sums(x: Tensor) -> Tensor:

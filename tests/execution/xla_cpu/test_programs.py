@@ -9,7 +9,7 @@ from helpers.programs import main_of
 from helpers.programs import program_of
 from keras_blockwise import BAGM
 from keras_blockwise import BlockAdam
-from keras_blockwise.execution.xla_cpu.rows import AT_ONCE
+from keras_blockwise.execution.xla_cpu.encoded import AT_ONCE
 
 # The names of variables say little of their blocks.
 NAMES = pytest.mark.filterwarnings("ignore:Names and shapes")
@@ -28,6 +28,24 @@ def test_rows_are_written_in_place(scheme, short_rows):
     ]
     assert " while(" in program
     assert large == ["fusion"] * 4  # Two kernels, and the momentum of each.
+
+
+@pytest.mark.parametrize(
+    "scheme, shape", [("output_unit", (768, 8)), ("variable", (16, 512))]
+)
+def test_rows_in_8_bits_are_written_in_place(scheme, shape, short_rows):
+    """Also where each row of the variable is one, of which XLA makes copies."""
+    optimizer = BAGM(blocking=scheme, momentum_dtype="int8")
+    program = program_of(optimizer, shape, "abc")
+    made = re.findall(r"= (\w+)\[([\d,]+)\]\S* fusion\(", program)
+    large = [
+        kind
+        for kind, dims in made
+        if np.prod([int(n) for n in dims.split(",")]) == np.prod(shape)
+    ]
+    assert program.count(" while(") == 2
+    # The weights and the codes of three kernels, of which two are in loops.
+    assert sorted(large) == ["f32"] * 3 + ["s8"] * 3
 
 
 @pytest.mark.parametrize(
@@ -119,24 +137,40 @@ def body_of_loop(program):
     return re.search(rf"^{re.escape(name)} .*?^}}", program, re.M | re.S)[0]
 
 
-def test_loops_share_no_memory(short_rows):
+# What is written of two rows of a kernel, or of one with 256, and what else is
+# computed: in 8 bits, for the scales.
+STATE = {
+    "float32": (["f32[256,2,8]"] * 2, []),
+    "int8": (
+        ["f32[2,256,8]", "s8[2,256,8]", "f32[2,1,8]"],
+        ["f32[32,8]", "f32[8]", "f32[1,8]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", STATE)
+def test_loops_share_no_memory(dtype, short_rows):
     """Otherwise XLA would run them one after the other."""
-    program = program_of(BAGM(blocking="output_unit"), (512, 8), "abc")
+    optimizer = BAGM(blocking="output_unit", momentum_dtype=dtype)
+    program = program_of(optimizer, (512, 8), "abc")
     made = re.findall(
         r"= (\w+\[[\d,]*\])\S* (fusion|copy)\(", body_of_loop(program)
     )
-    # The kernel, its momentum, the next row, and whether there is one: the
-    # state, which has the next row twice.
+    # Besides, the next row, and whether there is one: the state, which has the
+    # next row twice.
+    written, others = STATE[dtype]
     assert sorted(made) == sorted([
-        *[("f32[256,2,8]", "fusion")] * 2,
+        *[(name, "fusion") for name in written + others],
         ("f32[]", "fusion"), ("f32[]", "copy"), ("pred[]", "fusion"),
     ])  # fmt: skip
     # One kernel reads that of both loops when they have ended.
     main = main_of(program)
-    scalar = (
-        r"(%[\w.]+) = (?:f32|pred)\[\]\S* get-tuple-element\(%(?:while|call)"
+    element = (
+        r"(%[\w.]+) = (\w+\[[\d,]*\])\S* get-tuple-element\(%(?:while|call)"
     )
-    state = set(re.findall(scalar, main))
+    state = {
+        name for name, kind in re.findall(element, main) if kind not in written
+    }
     operands = re.findall(r"= f32\[512,8\]\S* fusion\((.*?)\)", main)
-    assert len(state) == 2 * 3
+    assert len(state) == 2 * (3 + len(others))
     assert any(state <= set(re.findall(r"%[\w.]+", own)) for own in operands)

@@ -19,7 +19,10 @@ from helpers.training import falling
 from helpers.training import train
 from keras_blockwise import BAGM
 from keras_blockwise.algorithm import rounding
-from keras_blockwise.execution.xla_cpu import rows
+from keras_blockwise.algorithm.eight_bits import Encoding
+from keras_blockwise.algorithm.eight_bits import Groups
+from keras_blockwise.blocking.partition import Partition
+from keras_blockwise.execution.xla_cpu import encoded
 from keras_blockwise.execution.xla_cpu.rows import Pass
 from keras_blockwise.execution.xla_cpu.rows import merging_axes
 from keras_blockwise.execution.xla_cpu.rows import rows_of
@@ -34,6 +37,13 @@ SHAPES = {
     "query/kernel": (8, 2, 3),
     "odd/kernel": (7, 3),
 }
+# With several groups of a momentum in 8 bits, whose rows have one or more.
+IN_8_BITS = {
+    "dense/kernel": (768, 8),
+    "dense/bias": (12,),
+    "embedding/embeddings": (12, 300),
+    "conv2d/kernel": (3, 3, 64, 4),
+}
 # The names of variables say little of their blocks.
 NAMES = pytest.mark.filterwarnings("ignore:Names and shapes")
 pytestmark = [pytest.mark.tensorflow, NAMES]
@@ -43,13 +53,13 @@ pytestmark = [pytest.mark.tensorflow, NAMES]
 def is_cut(short_rows, cut_from):
     """Whether an update is cut into rows; if so, it has the same numbers."""
 
-    def check(make, dtype="float32", gradients=None, atol=1e-9):
-        gradients = gradients or make_gradients(3, SHAPES)
+    def check(make, dtype="float32", gradients=None, atol=1e-9, shapes=SHAPES):
+        gradients = gradients or make_gradients(3, shapes)
         results, loops = [], []
         for least in (1, 10**9):
             cut_from(least)
             optimizer = make(jit_compile=True)
-            weights = make_variables(SHAPES, dtype)
+            weights = make_variables(shapes, dtype)
             ends = train(optimizer, weights, gradients, before=falling)
             results.append(ends)
             loops.append(has_loop(compiled_functions(optimizer)[0]))
@@ -85,6 +95,24 @@ def test_rows_of_other_blocks(scheme, is_cut):
         return BAGM(blocking=scheme, **kwargs)
 
     assert is_cut(make)
+
+
+@pytest.mark.parametrize(
+    "scheme, skip_nonfinite", [("output_unit", False), ("variable", True)]
+)
+def test_rows_of_a_momentum_in_8_bits(scheme, skip_nonfinite, is_cut):
+    def make(**kwargs):
+        return BAGM(
+            blocking=scheme,
+            momentum_dtype="int8",
+            skip_nonfinite=skip_nonfinite,
+            **kwargs,
+        )
+
+    gradients = make_gradients(4, IN_8_BITS)
+    if skip_nonfinite:
+        gradients[2][0][-1, -1] = np.inf
+    assert is_cut(make, gradients=gradients, shapes=IN_8_BITS)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +197,34 @@ def test_how_many_rows():
     assert rows_of(update((1024, 1024))._replace(in_rows=False)) == 1
 
 
+def with_groups(shape, block_shape):
+    """An update whose momentum is kept in 8 bits."""
+    *rows, n = shape
+    partition = Partition(shape, block_shape)
+    scale = tuple(n // b for n, b in zip(shape, block_shape))
+    encoding = Encoding(
+        Groups.of(partition),
+        (np.empty((*rows, 1)), np.empty((*(1 for _ in rows), n))),
+    )
+    return update(shape, scale)._replace(encoding=encoding)
+
+
+def test_rows_have_whole_groups():
+    # Of 256 neighbours in a column.
+    assert rows_of(with_groups((768, 3072), (768, 1))) == 3
+    assert rows_of(with_groups((3, 3, 256, 256), (3, 3, 256, 1))) == 9
+    # Of 256 neighbours in a row: at least 2 ** 13 entries, and whole rows of
+    # the variable, since random numbers are drawn from each of these.
+    assert rows_of(with_groups((50257, 768), (1, 768))) == 1733
+    assert rows_of(with_groups((1024, 1024), (1024, 1024))) == 128
+    # More than 2 ** 20 entries, one group in a column, a shorter one at its
+    # end, and groups whose largest entries are not found in two loops.
+    assert rows_of(with_groups((512, 2**13), (512, 1))) == 1
+    assert rows_of(with_groups((256, 1024), (256, 1))) == 1
+    assert rows_of(with_groups((1031, 1024), (1031, 1))) == 1
+    assert rows_of(with_groups((2048, 241), (1, 241))) == 1
+
+
 def test_what_is_cut():
     bias, large = update((1024,), (1,)), update((1024, 1024), (1, 1))
     assert rows_of_each([bias, *[large] * 16], cores=2) == {
@@ -211,8 +267,8 @@ def test_nearest_is_that_of_the_plain_path():
     most = 127 * rounding.UNIT
     x = np.linspace(-most, most, 10001, dtype=np.float32)
     x = np.concatenate([x, [-1.5, -0.5, -0.25, -0.0, 0.5, 1.5, 2.5]])
-    compiled = tf.function(rows.nearest, jit_compile=True)
-    for function in (rows.nearest, compiled):
+    compiled = tf.function(encoded.nearest, jit_compile=True)
+    for function in (encoded.nearest, compiled):
         received = function(tf.constant(x, tf.float32))
         assert received.dtype == tf.int32
         np.testing.assert_array_equal(received, rounding.nearest(x))
