@@ -13,27 +13,32 @@ sums read along with momenta     ResNet-50, BlockAdam: 0.66    benchmarks.step
 variables row by row, several    GPT-2, BAGM: 0.65 to 0.69 of  benchmarks.step
 at once, `rows.LARGE`            Adam's step, whole 0.84
 the same with 8 bits,            GPT-2: 0.98 to 1.13 of the    benchmarks.step
-`rows.LONGEST_OF_GROUPS`         step with 32 bits, whole      (`int8`)
-                                 1.31 to 1.34
+`rows.LONGEST_OF_GROUPS`         step with 32, whole 1.31 to   (`int8`)
+                                 1.34; ResNet-50: 1.01 to
+                                 1.10, whole 1.27 to 1.32
+integers without their limits,   ResNet-50: 0.74 of Adam's     benchmarks.step
+`encoded.nearest`                step, else 0.81               (`int8`)
 blocks of one entry within the   1024 x 1024 by entry, BAGM:   benchmarks.step
 pass over them, `passes.run`     1.9 of Adam's step, else 4.6  (`coordinate`)
 momentum of 16 bits in place,    no copy of the momentum       benchmarks.memory
 `passes.new_values_in_place`
-momentum of 8 bits made thrice,  ResNet-50: a peak of 0.084    benchmarks.memory
-for two variables at once,       of the parameters; for all
-`encoded.AT_ONCE`                at once 0.25
-its largest in parts of 4,       ResNet-50: 0.91 to 0.93 of    benchmarks.step
-`sums.COMPARED`                  Adam's step, else (16) 1.3    (`int8`)
-of neighbours in parts of 8,     GPT-2: a peak of 0.046 of     benchmarks.memory
-`sums.NEIGHBOURS_COMPARED`       the parameters, else 0.084
-integers without their limits,   ResNet-50: 0.91 to 0.93 of    benchmarks.step
-`encoded.nearest`                Adam's step, else 1.02 to     (`int8`)
-                                 1.06
 all but a few variables before   `model.fit`, compiled, 0.96    benchmarks.fit
 the last gradient, and short     to 0.98 of Adam's step, else  (with `LARGE = 0`
 gradients joined, `calls`        0.98 to 1.01                  in `tensorflow`)
 matrices one by one, on x x^T    two blocks of GPT-2: 0.59 of  benchmarks.step
 alone, `ALONE`                   the step of Keras's Muon      (`muon`)
+
+With 8 bits where variables stay whole, as with `rows.LONGEST_OF_GROUPS = 0`:
+
+trick                            gains                         shown by
+-------------------------------  ----------------------------  -----------------
+two of them at once,             ResNet-50: a peak of 0.084    benchmarks.memory
+`encoded.AT_ONCE`                of the parameters; for all
+                                 at once 0.25
+the largest in parts of 4,       ResNet-50: 0.95 of Adam's     benchmarks.step
+`sums.COMPARED`                  step, else (16) 1.18          (`int8`)
+of neighbours in parts of 8,     GPT-2: a peak of 0.046 of     benchmarks.memory
+`sums.NEIGHBOURS_COMPARED`       the parameters, else 0.084
 """
 
 import os
