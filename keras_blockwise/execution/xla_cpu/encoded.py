@@ -16,7 +16,6 @@ from keras_blockwise.algorithm.blocks import reshape
 from keras_blockwise.algorithm.eight_bits import Encoding
 from keras_blockwise.execution.xla_cpu import sums
 from keras_blockwise.execution.xla_cpu.barriers import after
-from keras_blockwise.execution.xla_cpu.barriers import materialize
 from keras_blockwise.execution.xla_cpu.rows import Pass
 from keras_blockwise.execution.xla_cpu.rows import at
 from keras_blockwise.execution.xla_cpu.rows import cut
@@ -82,8 +81,8 @@ def in_rows(
         w = write(w, new(index)[0], index)
         later = after(at(w, index), index)
         parts = sums.largest_in_parts(new(later)[1], groups, terms)
-        largest = materialize(sums.largest_of_parts(parts, groups))
-        factors = materialize(eight_bits.factors(largest))
+        largest = sums.largest_of_parts(parts, groups)
+        factors = eight_bits.factors(largest)
         later = after(factors, index)
         row = Encoding(groups, tuple(at(x, later) for x in seeds))
         row_codes = row.codes(new(later)[1], factors, nearest)
