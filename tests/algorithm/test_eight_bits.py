@@ -9,6 +9,8 @@ from keras_blockwise.algorithm.eight_bits import MOST
 from keras_blockwise.algorithm.eight_bits import Encoding
 from keras_blockwise.algorithm.eight_bits import Groups
 from keras_blockwise.algorithm.eight_bits import decode
+from keras_blockwise.algorithm.eight_bits import factors
+from keras_blockwise.algorithm.eight_bits import largest_of
 from keras_blockwise.algorithm.eight_bits import saves_memory
 from keras_blockwise.algorithm.rounding import seeds
 from keras_blockwise.blocking.partition import Partition
@@ -139,6 +141,8 @@ def test_rounding_is_right_on_average():
 def test_of_any_size(x):
     groups = Groups.of(Partition((4, 3), (4, 1)))
     x = np.full(groups.shape, x, np.float32)
+    largest = largest_of(ops.convert_to_tensor(x), groups)
+    assert np.isfinite(to_numpy(factors(largest))).all()
     decoded = to_numpy(decode(*encode(x, groups), groups))
     np.testing.assert_allclose(decoded, np.where(x < 1e-32, 0.0, x), 1e-5)
 

@@ -18,6 +18,7 @@ from helpers.replicas import two_replicas
 from helpers.training import falling
 from helpers.training import train
 from keras_blockwise import BAGM
+from keras_blockwise import BlockAdam
 from keras_blockwise.algorithm import rounding
 from keras_blockwise.algorithm.eight_bits import Encoding
 from keras_blockwise.algorithm.eight_bits import Groups
@@ -98,11 +99,12 @@ def test_rows_of_other_blocks(scheme, is_cut):
 
 
 @pytest.mark.parametrize(
-    "scheme, skip_nonfinite", [("output_unit", False), ("variable", True)]
+    "cls, scheme, skip_nonfinite",
+    [(BlockAdam, "output_unit", False), (BAGM, "variable", True)],
 )
-def test_rows_of_a_momentum_in_8_bits(scheme, skip_nonfinite, is_cut):
+def test_rows_of_a_momentum_in_8_bits(cls, scheme, skip_nonfinite, is_cut):
     def make(**kwargs):
-        return BAGM(
+        return cls(
             blocking=scheme,
             momentum_dtype="int8",
             skip_nonfinite=skip_nonfinite,
