@@ -12,10 +12,10 @@ sums read along with momenta     ResNet-50, BlockAdam: 0.66    benchmarks.step
 `sums.read_along`                of Adam's step, else 0.80
 variables row by row, several    GPT-2, BAGM: 0.65 to 0.69 of  benchmarks.step
 at once, `rows.LARGE`            Adam's step, whole 0.84
-the same with 8 bits,            GPT-2: 0.98 to 1.13 of the    benchmarks.step
-`rows.LONGEST_OF_GROUPS`         step with 32, whole 1.31 to   (`int8`)
-                                 1.34; ResNet-50: 1.01 to
-                                 1.10, whole 1.27 to 1.32
+the same with 8 bits,            GPT-2: 1.08 to 1.13 of the    benchmarks.step
+`rows.LONGEST_OF_GROUPS`         step with 32, whole 1.33;     (`int8`)
+                                 ResNet-50: 1.01 to 1.10,
+                                 whole 1.32
 integers without their limits,   ResNet-50: 0.74 of Adam's     benchmarks.step
 `encoded.nearest`                step, else 0.81               (`int8`)
 blocks of one entry within the   1024 x 1024 by entry, BAGM:   benchmarks.step
