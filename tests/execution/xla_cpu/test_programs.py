@@ -16,15 +16,25 @@ NAMES = pytest.mark.filterwarnings("ignore:Names and shapes")
 pytestmark = [pytest.mark.tensorflow, NAMES]
 
 
-@pytest.mark.parametrize("scheme", ["variable", "output_unit"])
-def test_rows_are_written_in_place(scheme, short_rows):
-    """A copy for every row would make the step a hundred times slower."""
-    program = program_of(BAGM(blocking=scheme), (512, 8), "ab")
+@pytest.mark.parametrize(
+    "scheme, shape",
+    [
+        ("variable", (512, 8)),
+        ("output_unit", (512, 8)),
+        ("input_unit", (256, 16)),
+    ],
+)
+def test_rows_are_written_in_place(scheme, shape, short_rows):
+    """A copy for every row would make the step a hundred times slower.
+
+    The last kernel has rows of its own length, of which XLA makes copies.
+    """
+    program = program_of(BAGM(blocking=scheme), shape, "ab")
     made = re.findall(r"= \w+\[([\d,]*)\]\S* (copy|fusion)\(", program)
     large = [
         operation
         for dims, operation in made
-        if np.prod([int(n) for n in dims.split(",") if n]) == 512 * 8
+        if np.prod([int(n) for n in dims.split(",") if n]) == np.prod(shape)
     ]
     assert " while(" in program
     assert large == ["fusion"] * 4  # Two kernels, and the momentum of each.
@@ -34,7 +44,6 @@ def test_rows_are_written_in_place(scheme, short_rows):
     "scheme, shape", [("output_unit", (768, 8)), ("variable", (16, 512))]
 )
 def test_rows_in_8_bits_are_written_in_place(scheme, shape, short_rows):
-    """Also where each row of the variable is one, of which XLA makes copies."""
     optimizer = BAGM(blocking=scheme, momentum_dtype="int8")
     program = program_of(optimizer, shape, "abc")
     made = re.findall(r"= (\w+)\[([\d,]+)\]\S* fusion\(", program)
