@@ -89,6 +89,11 @@ class Groups:
         """How far apart the entries of a group are."""
         return math.prod(self.view[self.axis + 1 :])
 
+    @property
+    def stretches(self) -> int:
+        """How many stretches of `width` whole groups there are."""
+        return math.prod(self.view[: self.axis]) * self.count
+
     def _with(self, *sizes: int) -> Shape:
         """The view, with these sizes instead of that of the axis."""
         before, after = self.view[: self.axis], self.view[self.axis + 1 :]
@@ -125,7 +130,7 @@ class Groups:
             shape: Shape of the row.
         """
         after = self.view[self.axis + 1 :]
-        n = math.prod(shape) // math.prod(after)
+        n = math.prod(shape) // self.width
         return Groups(shape, (n, *after), 0, self.size)
 
 

@@ -100,7 +100,7 @@ def rows_of_groups(groups: Groups, along: int, many: int) -> int:
     """
     if groups.view[groups.axis] % groups.size or not terms_of(groups):
         return 1
-    most = math.gcd(along, math.prod(groups.scale_shape) // groups.width)
+    most = math.gcd(along, groups.stretches)
     rows = next(n for n in range(min(many, most), 0, -1) if most % n == 0)
     size = math.prod(groups.shape) // rows
     return rows if size <= LONGEST_OF_GROUPS else 1

@@ -105,15 +105,14 @@ def axes_of_parts(groups: Groups, terms: int) -> tuple[list[int], list[int]]:
 
     Without axes of one entry, for which XLA would write all of it to memory.
     """
-    count = math.prod(groups.scale_shape) // groups.width
-    after = -(-groups.size // terms), groups.width
-    return [n for n in (count,) if n > 1], [n for n in after if n > 1]
+    before = [groups.stretches]
+    after = [-(-groups.size // terms), groups.width]
+    return [n for n in before if n > 1], [n for n in after if n > 1]
 
 
 def largest_of_parts(parts: Tensor, groups: Groups) -> Tensor:
     """The largest of each group, by what `largest_in_parts` returns."""
-    count = math.prod(groups.scale_shape) // groups.width
-    parts = reshape(parts, (count, -1, groups.width))
+    parts = reshape(parts, (groups.stretches, -1, groups.width))
     return reshape(ops.max(parts, axis=1), groups.scale_shape)
 
 

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.tensorflow, NAMES]
 def test_rows_are_written_in_place(scheme, shape, short_rows):
     """A copy for every row would make the step a hundred times slower.
 
-    The last kernel has rows of its own length, of which XLA makes copies.
+    Of one with an axis of one entry, where a row is one of the kernel, too.
     """
     program = program_of(BAGM(blocking=scheme), shape, "ab")
     made = re.findall(r"= \w+\[([\d,]*)\]\S* (copy|fusion)\(", program)
